@@ -1,0 +1,1 @@
+"""Parameters and containers of the memories; nothing here knows about Hugging Face."""

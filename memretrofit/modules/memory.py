@@ -1,0 +1,70 @@
+"""What an attention memory is: the contract between a method's parameters and the attention seam.
+
+The seam cuts the new tokens into blocks of queries. For each block it offers exact attention over the sinks and the
+window, and the tokens that leave the window: row t of `leaving_*` is the token that leaves when query t arrives. The memory
+folds them into its state, reads, and returns the attention output. Letters: see `memretrofit.__doc__`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+State = tuple[Tensor, ...]
+"""Tensors with the batch first, float32. They live in the cache of a conversation, never on a module."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """C consecutive queries, what they see exactly, and what leaves the window as they arrive."""
+
+    query: Tensor | None
+    """[B, H, C, K] in the memory's key space; None when tokens are only folded, not read."""
+    hidden: Tensor | None
+    """[B, C, E] input of the attention module at the queries."""
+    local: Callable[[], Tensor]
+    """The base model's own attention over sinks and window: [B, C, H, V]."""
+    attend: Callable[[], tuple[Tensor, Tensor]]
+    """The same with its log-sum-exp: [B, H, C, V], [B, H, C]; for memories that share one softmax with the window."""
+    leaving_key: Tensor
+    """[B, G, C, K] in the memory's key space."""
+    leaving_value: Tensor
+    """[B, G, C, V]."""
+    leaving_features: Tensor | None
+    """[B, C, F] what `write_features` said about the leaving tokens when they arrived."""
+    writes: Tensor
+    """[B | 1, C] bool: whether a token really leaves here (not a sink, not padding, not before the first token)."""
+
+
+class AttentionMemory(nn.Module):
+    """Sinks and window alone; subclasses add a state.
+
+    Parameters are read only inside `forward` of the module that owns them, so that offloading and sharding can move them.
+    """
+
+    write_features: nn.Module | None
+    """Maps hidden states [B, T, E] to [B, T, F], kept in the cache beside each token until the token leaves."""
+    key_space: str = "post_rope"
+    """Whether queries and leaving keys are taken after (`post_rope`) or before (`pre_rope`) the rotary embedding."""
+    positions: str = "absolute"
+    """Where sinks stand for the rotary embedding: `absolute`, or by `slot` in the cache (StreamingLLM)."""
+
+    def __init__(self, *, sliding_window: int, num_sink_tokens: int) -> None:
+        super().__init__()
+        self.write_features = None
+        self.sliding_window = sliding_window
+        self.num_sink_tokens = num_sink_tokens
+
+    def initial_state(self, batch_size: int, like: Tensor) -> State:
+        """The empty state for `batch_size` rows, on the device of `like`."""
+        return ()
+
+    def state_nbytes(self) -> int:
+        """Bytes of one row's state."""
+        return 0
+
+    def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:
+        """Fold what leaves, read, and return the attention output [B, C, H, V] and the new state."""
+        return (None if block.query is None else block.local()), state
