@@ -1,0 +1,136 @@
+"""The attention seam: one function that Transformers calls in the place of `sdpa` or `eager`.
+
+Per patched module and forward: a pre-hook finds the cache and notes the hidden states; the module projects, rotates and updates
+the cache as always and calls `memory_attention`; queries are processed in blocks against sinks + window + block; what
+leaves the window is folded into the state; the state is stored. Nothing here is T x T. While nothing has left the window, the
+base model's own function runs with its own arguments.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from ..errors import StateError, UnsupportedModelError
+from ..modules.memory import AttentionMemory
+from .cache import MemoryLayer, upgrade
+from .config_view import base_implementation
+from .controls import Controls
+from .masks import is_padding_mask, rebuild_base_mask
+from .rotary import Rotary
+from .sites import probe
+
+
+@dataclass(eq=False)
+class Seam:
+    """One patched attention module: its memory, its model's switches, and the hooks around its forward."""
+
+    memory: AttentionMemory
+    controls: Controls
+    owner: str
+    layer_idx: int
+    rotary: Rotary | None
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Pre-hook: find the conversation's state and note what the attention function will not be given."""
+        if self.controls.disabled:
+            return
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+        layer = None if cache is None else upgrade(cache, self.layer_idx, self.memory, self.owner)
+        call = AttentionCall(self, hidden, layer, kwargs.get("position_embeddings"))
+        call.token = _current.set(call)
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook, called also when the module's forward raised."""
+        call = _current.get()
+        if call is not None and call.seam is self and call.token is not None:
+            _current.reset(call.token)
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """One call of a patched module's attention: what the hook saw, then what the attention function was given."""
+
+    seam: Seam
+    hidden: Tensor
+    layer: MemoryLayer | None
+    position_embeddings: Any
+    token: Token | None = None
+    module: nn.Module | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    mask: Tensor | None = None
+    kwargs: dict[str, Any] | None = None
+
+    def full(self) -> tuple[Tensor, Tensor | None]:
+        """The base model's own attention over everything that `key` and `value` hold."""
+        return base_attention(self.module, self.query, self.key, self.value, self.mask, self.kwargs)
+
+    def remember(self) -> tuple[Tensor, Tensor | None]:
+        """Attention with memory: exact over sinks and window, the memory's for the rest."""
+        from .windowed import windowed_attention
+
+        return windowed_attention(self)
+
+
+_current: ContextVar[AttentionCall | None] = ContextVar("memretrofit_call", default=None)
+
+
+def memory_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function: query `[B, H, q, K]`, key and value `[B, G, kv, *]`; returns `[B, q, H, V]`."""
+    recording = probe.get()
+    if recording is not None:
+        recording.calls.append((module, query, key, value, kwargs))
+    call = _current.get()
+    if call is None or getattr(module, "memory", None) is not call.seam.memory:
+        return base_attention(module, query, key, value, attention_mask, kwargs)
+    call.module, call.query, call.key, call.value = module, query, key, value
+    call.mask, call.kwargs = attention_mask, kwargs
+    if not is_padding_mask(attention_mask, query):
+        raise StateError(
+            "The attention mask is more than causal with padding (packed sequences, a 4-D mask, or bidirectional spans), and a "
+            "memory cannot tell which tokens belong together. Pass one sequence per row and a 2-D attention mask."
+        )
+    intercept = call.seam.controls.intercept
+    return call.remember() if intercept is None else intercept(call)
+
+
+def base_function(module: nn.Module) -> tuple[Callable[..., tuple[Tensor, Tensor | None]], str]:
+    """The attention function that the module would have called, and its implementation's name."""
+    implementation = base_implementation(module.config)  # type: ignore[arg-type]
+    if implementation == "eager":
+        # each modeling file has its own eager function: soft caps and sinks live there
+        return sys.modules[type(module).__module__].eager_attention_forward, implementation
+    function = AttentionInterface().get(implementation)
+    if function is None:
+        raise UnsupportedModelError(f"attention implementation {implementation!r} is not known to Transformers")
+    return function, implementation
+
+
+def base_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Base attention, with the mask that the base mask function would have made from the same padding."""
+    function, implementation = base_function(module)
+    if mask is None or (
+        mask.dtype is torch.bool and (implementation == "eager" or (query.shape[2] > 1 and mask.stride(-2) == 0))
+    ):
+        mask = rebuild_base_mask(mask, query, key, module.config)
+    return function(module, query, key, value, attention_mask=mask, **kwargs)

@@ -1,0 +1,206 @@
+"""The cache layer of a patched attention module: sinks, window, and the state of what left.
+
+It takes the place of a `DynamicLayer` inside the model's own cache object. It reports the full sequence length, so that
+positions and masks stay those of the base model, and keeps `num_sink_tokens + sliding_window` tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ..errors import StateError, UnsupportedModelError
+from ..modules.memory import AttentionMemory, State
+from ..modules.rolling import RollingBuffer
+
+
+class MemoryLayer(DynamicLayer):
+    """One conversation's state in one layer.
+
+    Slots number the tokens of a row from 0, padding included. Columns are what is kept: `pinned` sinks, then the slots from
+    `first` to `seen - 1`. Slots below `folded` are in the state (or are sinks or padding).
+    """
+
+    def __init__(self, owner: str, sliding_window: int, num_sink_tokens: int) -> None:
+        super().__init__()
+        self.owner = owner
+        self.sliding_window = sliding_window
+        self.num_sink_tokens = num_sink_tokens
+        self.record_past = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.streams = {name: RollingBuffer() for name in ("key", "value", "features", "unrotated")}
+        self.state: State = ()
+        self.seen = 0
+        self.folded = 0
+        self.first = 0
+        self.pinned = 0
+        self.confirmed = 0
+        self.padded = False
+
+    # What the model and `generate` call
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append the new tokens and return all kept ones; trimming waits until attention has folded what leaves."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.seen += key_states.shape[-2]
+        self.keys = self.streams["key"].append(key_states)
+        self.values = self.streams["value"].append(value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, not tokens kept: positions stay absolute."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The full length, so that one mask serves patched and unpatched layers."""
+        return self.seen + query_length, 0
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether `crop` leaves no trace: nothing that would have to come back has been folded."""
+        return self.record_past or self.folded == 0
+
+    def activate_past_recording(self) -> None:
+        """Fold nothing that a later `crop` could take back (assisted decoding)."""
+        self.record_past = True
+        self.confirmed = self.seen
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens.
+
+        Raises:
+            StateError: a token that must come back into the window was already folded into the state.
+        """
+        count = abs(tokens_to_remove)
+        remaining = self.seen - count
+        if count and self.folded > max(0, remaining - self.sliding_window):
+            raise StateError(
+                f"crop({tokens_to_remove}) on a cache of {self.seen} tokens: {self.folded} tokens have left the window and "
+                "folding cannot be undone. Call cache.activate_past_recording() before the forward that may be cropped."
+            )
+        if count and self.is_initialized:
+            for stream in self.streams.values():
+                if stream.view is not None:
+                    stream.crop(count)
+            self.keys, self.values = self.streams["key"].view, self.streams["value"].view
+        self.seen = self.confirmed = remaining
+
+    def reset(self) -> None:
+        """Forget everything and keep the object."""
+        self._clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Move every row's window and state to where beam search wants them."""
+        self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self._apply(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self._apply(lambda x: x[indices, ...])
+
+    def _apply(self, function: Any) -> None:
+        for stream in self.streams.values():
+            stream.apply(function)
+        self.state = tuple(function(x) for x in self.state)
+        self.keys, self.values = self.streams["key"].view, self.streams["value"].view
+
+    def nbytes(self) -> int:
+        """Bytes held for this layer: kept tokens (spare columns included) and state."""
+        return sum(s.nbytes for s in self.streams.values()) + sum(x.nbytes for x in self.state)
+
+    # What the attention seam calls
+
+    def commit(self, state: State, folded: int, ranks: Tensor | None) -> None:
+        """Store the state in which all slots below `folded` are, and drop their columns except the sinks."""
+        self.state, self.folded = state, folded
+        sinks = self.num_sink_tokens
+        if folded <= max(sinks, self.first):
+            return
+        count = self.pinned + folded - self.first
+        index = self._sink_columns(ranks, count)
+        for stream in self.streams.values():
+            columns = stream.view
+            if columns is not None:
+                stream.drop(count, gather_columns(columns[..., :count, :], index))
+        self.first, self.pinned = folded, sinks
+        self.keys, self.values = self.streams["key"].view, self.streams["value"].view
+
+    def _sink_columns(self, ranks: Tensor | None, count: int) -> Tensor:
+        """[N] or [B, N] columns, among the first `count`, that hold the sinks (0 where a row has none there yet)."""
+        device = self.streams["key"].view.device  # type: ignore[union-attr]
+        wanted = torch.arange(self.num_sink_tokens, device=device)
+        if ranks is None:
+            return wanted
+        kept = self.column_ranks(ranks)[:, None, :count]
+        return (kept == wanted[None, :, None]).int().argmax(-1)
+
+    def column_ranks(self, ranks: Tensor) -> Tensor:
+        """[B, columns] rank of each kept column; -1 for padding and for pinned columns that are still empty."""
+        window = ranks[:, self.first : self.seen]
+        if not self.pinned:
+            return window
+        pinned = torch.arange(self.pinned, device=ranks.device)
+        last = ranks[:, : self.first].max(-1, keepdim=True).values  # a row's rank so far; -1 when all was padding
+        return torch.cat([torch.where(pinned <= last, pinned, -1), window], dim=-1)
+
+
+def gather_columns(columns: Tensor, index: Tensor) -> Tensor:
+    """Columns [..., L, D] at `index` [N], or at a row's own index [B, N]."""
+    if index.ndim == 1:
+        return columns[..., index, :]
+    lead = columns.shape[1:-2]
+    index = index.reshape(index.shape[0], *(1,) * len(lead), index.shape[1], 1)
+    return columns.gather(-2, index.expand(-1, *lead, -1, columns.shape[-1]))
+
+
+def upgrade(cache: Cache, layer_idx: int, memory: AttentionMemory, owner: str) -> MemoryLayer:
+    """The memory layer at `layer_idx` of `cache`, put in the place of an empty `DynamicLayer`.
+
+    Raises:
+        UnsupportedModelError: the cache is static, quantised, offloaded or of another kind that cannot hold a state.
+        StateError: the cache was filled without this memory.
+    """
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise UnsupportedModelError(
+            f"A patched model needs a DynamicCache; found {type(cache).__name__}. Pass past_key_values=DynamicCache()."
+        )
+    if cache.offloading:
+        raise UnsupportedModelError(
+            "An offloaded cache cannot hold a memory: its layers move between devices while attention reads them. "
+            "Use the default cache (cache_implementation=None): after patching, its size no longer grows."
+        )
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= layer_idx:
+            cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, MemoryLayer):
+        if layer.owner != owner:
+            raise StateError(
+                f"Layer {layer_idx} of this cache holds the state of another patched model (or of an earlier patch). "
+                "Start with a fresh cache: past_key_values=None."
+            )
+        return layer
+    if type(layer) is not DynamicLayer:
+        raise UnsupportedModelError(
+            f"Layer {layer_idx} of the cache is a {type(layer).__name__}; a memory can take the place of a DynamicLayer only. "
+            "Use the default cache: cache_implementation=None, past_key_values=None or DynamicCache(config=model.config)."
+        )
+    if layer.get_seq_length():
+        raise StateError(
+            f"Layer {layer_idx} of this cache already holds {layer.get_seq_length()} tokens that were read without memory. "
+            "Read the text again with a fresh cache, or keep using this one inside memretrofit.memory_disabled(model)."
+        )
+    fresh = MemoryLayer(owner, memory.sliding_window, memory.num_sink_tokens)
+    cache.layers[layer_idx] = fresh
+    return fresh

@@ -1,0 +1,157 @@
+"""Attach memories to a model and take them off again, with a ledger of everything that was touched."""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ..config import MethodConfig
+from ..errors import ConfigError, NoTargetError, StateError, UnsupportedModelError
+from ..modules.memory import AttentionMemory
+from .attention import Seam
+from .cache import upgrade
+from .config_view import config_view
+from .controls import ATTRIBUTE, Controls
+from .rotary import find_rotary
+from .sites import AttentionSite, config_holders, find_attention_sites
+
+
+@dataclass(eq=False)
+class Ledger:
+    """What a patch added to a model, and what was there before."""
+
+    config: MethodConfig
+    controls: Controls = field(default_factory=Controls)
+    sites: list[AttentionSite] = field(default_factory=list)
+    seams: dict[str, Seam] = field(default_factory=dict)
+    configs: dict[nn.Module, Any] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+
+def patch_attention(
+    model: PreTrainedModel,
+    config: Any,
+    make_memory: Callable[[AttentionSite], AttentionMemory],
+) -> None:
+    """Give each selected attention module the memory that `make_memory` builds for it. All or nothing.
+
+    Raises:
+        StateError: the model is patched already.
+        UnsupportedModelError: no layer can be served, or one that was asked for cannot.
+        ConfigError: the window does not fit the model.
+        NoTargetError: `layers_to_transform` names a layer that does not exist.
+    """
+    if getattr(model, ATTRIBUTE, None) is not None:
+        raise StateError(
+            f"This {type(model).__name__} is patched already ({getattr(model, ATTRIBUTE).config}). "
+            "Call memretrofit.unpatch(model) first; one model carries one attention memory."
+        )
+    _check_window(model, config)
+    sites = find_attention_sites(model)
+    chosen = _choose(model, sites, config.layers_to_transform)
+    ledger = Ledger(config, sites=sites)
+    memories = [(site, make_memory(site)) for site in chosen]  # may raise: nothing is attached yet
+    for site, memory in memories:
+        _check_rotary(model, site, memory)
+    owner = uuid.uuid4().hex
+    for site, memory in memories:
+        weight = next(site.module.parameters())
+        seam = Seam(memory, ledger.controls, owner, site.layer_idx, find_rotary(model, site.module))
+        site.module.memory = memory.to(weight.device).train(site.module.training)
+        ledger.seams[site.name] = seam
+        ledger.handles += [
+            site.module.register_forward_pre_hook(seam.before, with_kwargs=True),
+            site.module.register_forward_hook(seam.after, always_call=True),
+        ]
+    for module, held in config_holders(model).items():
+        ledger.configs[module] = held
+        module.config = config_view(held)
+    if hasattr(model, "_prepare_cache_for_generation"):
+        model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)  # type: ignore[method-assign]
+    setattr(model, ATTRIBUTE, ledger)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `patch_attention`: the model holds the very objects that it held before.
+
+    Raises:
+        StateError: the model is not patched.
+    """
+    ledger = getattr(model, ATTRIBUTE, None)
+    if ledger is None:
+        raise StateError(f"This {type(model).__name__} is not patched; there is nothing to undo.")
+    for handle in ledger.handles:
+        handle.remove()
+    for name in ledger.seams:
+        del model.get_submodule(name).memory
+    for module, held in ledger.configs.items():
+        module.config = held
+    model.__dict__.pop("_prepare_cache_for_generation", None)
+    delattr(model, ATTRIBUTE)
+
+
+def _prepare_cache(model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+    """Upgrade the cache before `generate` decides what it may record or crop."""
+    result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args)
+    ledger = getattr(model, ATTRIBUTE)
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and not ledger.controls.disabled:
+        for seam in ledger.seams.values():
+            layer = upgrade(cache, seam.layer_idx, seam.memory, seam.owner)
+            if generation_config.is_assistant:
+                layer.activate_past_recording()
+    return result
+
+
+def _check_window(model: PreTrainedModel, config: Any) -> None:
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and config.sliding_window >= positions:
+        raise ConfigError(
+            f"sliding_window={config.sliding_window} is not smaller than the {positions} positions that "
+            f"{type(model).__name__} was trained on, so nothing would ever leave it. Choose a smaller window."
+        )
+
+
+def _choose(
+    model: PreTrainedModel, sites: list[AttentionSite], wanted: tuple[int, ...] | None
+) -> list[AttentionSite]:
+    name = type(model).__name__
+    patchable = [site for site in sites if site.patchable]
+    if wanted is None:
+        if not patchable:
+            reasons = ", ".join(sorted({site.reason for site in sites}))
+            raise UnsupportedModelError(
+                f"No attention layer of {name} can be given a memory; found {len(sites)} layers: {reasons}."
+            )
+        return patchable
+    by_layer = {site.layer_idx: site for site in sites}
+    missing = sorted(set(wanted) - set(by_layer))
+    if missing:
+        raise NoTargetError(
+            f"layers_to_transform={wanted}: {name} has no attention in layers {missing}; "
+            f"it has layers {min(by_layer)} to {max(by_layer)}."
+        )
+    refused = {index: by_layer[index].reason for index in wanted if not by_layer[index].patchable}
+    if refused:
+        raise UnsupportedModelError(f"layers_to_transform={wanted}: {name} cannot serve these layers: {refused}.")
+    return [by_layer[index] for index in sorted(set(wanted))]
+
+
+def _check_rotary(model: PreTrainedModel, site: AttentionSite, memory: AttentionMemory) -> None:
+    if memory.key_space == "pre_rope" and not site.rotates:
+        raise UnsupportedModelError(
+            f"key_space='pre_rope' needs heads that are rotated by a (cos, sin) pair; {site.name} of {type(model).__name__} "
+            "does not get one for whole heads. Use key_space='post_rope'."
+        )
+    if memory.positions == "slot" and not (site.rotates and find_rotary(model, site.module)):
+        raise UnsupportedModelError(
+            f"Slot positions need rotary embeddings over whole heads; {site.name} of {type(model).__name__} has none. "
+            "Use window_sinks, which keeps absolute positions."
+        )

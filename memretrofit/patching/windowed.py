@@ -1,0 +1,235 @@
+"""Attention over sinks and window in query blocks, with what leaves handed to the memory.
+
+For a query at slot t: sinks and the slots in (t - W, t] are attended exactly; every other real token before t is in the state,
+which token t - W enters as t arrives. So each token before t is in exactly one of the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import UnsupportedModelError
+from ..modules.memory import Block
+from ..ops.attend import attend
+from ..ops.window import window_mask
+from .cache import gather_columns
+from .masks import as_base_mask, token_ranks
+from .rotary import slot_steps, unrotate
+
+if TYPE_CHECKING:
+    from .attention import AttentionCall
+
+MIN_BLOCK, MAX_BLOCK = 128, 1024
+"""Queries per block: as many as the window holds, within these bounds."""
+
+
+def windowed_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Sinks + window + memory for the new tokens of `call`; full attention while nothing has left the window.
+
+    Raises:
+        UnsupportedModelError: attention weights are asked for, which do not exist for a folded token.
+    """
+    memory, layer = call.seam.memory, call.layer
+    columns = _Columns(call)
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in memory.parameters())
+    if columns.total <= columns.window + columns.sinks and not trained:
+        # training takes the long way even here: every promised parameter takes part in every step
+        if layer is not None:
+            columns.keep_features()
+            columns.keep_unrotated()
+        return call.full()
+    if call.kwargs.get("output_attentions"):
+        raise UnsupportedModelError(
+            "output_attentions=True with a memory: tokens that left the window have no attention weights. "
+            "Use memretrofit.memory_disabled(model) to see the base model's weights."
+        )
+    columns.keep_features()
+    columns.keep_unrotated()
+    state = layer.state if layer is not None and layer.state else memory.initial_state(call.query.shape[0], call.query)
+    start = columns.total - columns.new
+    if layer is not None:
+        settled = max(0, (layer.confirmed if layer.record_past else start) - columns.window)
+        if settled > layer.folded:  # tokens that a crop could have taken back, and did not
+            _, state = memory(columns.block(0, 0, layer.folded, settled), state)
+        kept = state
+        backlog = max(0, start - columns.window)
+        if backlog > settled:
+            _, state = memory(columns.block(0, 0, settled, backlog), state)
+    size = min(max(columns.window, MIN_BLOCK), MAX_BLOCK)
+    outputs = []
+    for low in range(0, columns.new, size):
+        high = min(low + size, columns.new)
+        leaving = start + low - columns.window
+        output, state = memory(columns.block(low, high, leaving, leaving + high - low), state)
+        outputs.append(output)
+    if layer is not None:
+        if layer.record_past:
+            layer.commit(kept, max(settled, layer.folded), columns.ranks)
+        else:
+            layer.commit(state, max(0, columns.total - columns.window), columns.ranks)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
+
+
+@dataclass(eq=False)
+class _Columns:
+    """The kept and new tokens of one call, addressed by slot."""
+
+    call: AttentionCall
+
+    def __post_init__(self) -> None:
+        call, memory = self.call, self.call.seam.memory
+        self.layer = call.layer
+        self.new = call.query.shape[2]
+        self.total = self.new if self.layer is None else self.layer.seen
+        self.first = 0 if self.layer is None else self.layer.first
+        self.pinned = 0 if self.layer is None else self.layer.pinned
+        self.window, self.sinks = memory.sliding_window, memory.num_sink_tokens
+        if self.layer is None and call.seam.controls.window is not None:
+            self.window, self.sinks = call.seam.controls.window
+        self.features: Tensor | None = None
+        self.leaving_key = call.key
+        self.read_query = call.query
+
+    @cached_property
+    def ranks(self) -> Tensor | None:
+        """[B, total] index of each token among its row's real tokens; None without padding."""
+        return token_ranks(self.call.mask)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """[columns] slot of each kept column; pinned ones count as the first slots."""
+        slots = torch.arange(self.first - self.pinned, self.total, device=self.call.query.device)
+        slots[: self.pinned] = torch.arange(self.pinned, device=slots.device)
+        return slots
+
+    @cached_property
+    def column_ranks(self) -> Tensor | None:
+        if self.ranks is None:
+            return None
+        return self.ranks if self.layer is None else self.layer.column_ranks(self.ranks)
+
+    @cached_property
+    def row_sinks(self) -> Tensor:
+        """[B, N] columns of each row's own sinks; meaningful where the row has that many tokens."""
+        wanted = torch.arange(self.sinks, device=self.call.query.device)
+        return (self.column_ranks[:, None, :] == wanted[None, :, None]).int().argmax(-1)
+
+    def keep_features(self) -> None:
+        """Compute what must be known of a token when it leaves, while its hidden state is at hand."""
+        if self.call.seam.memory.write_features is not None:
+            new = self.call.seam.memory.write_features(self.call.hidden)
+            self.features = new if self.layer is None else self.layer.streams["features"].append(new)
+
+    def keep_unrotated(self) -> None:
+        """The same for keys before their rotation."""
+        call = self.call
+        if call.seam.memory.key_space == "pre_rope":
+            self.read_query = unrotate(call.module, call.query, call.position_embeddings)
+            new = unrotate(call.module, call.key[:, :, -self.new :], call.position_embeddings)
+            self.leaving_key = new if self.layer is None else self.layer.streams["unrotated"].append(new)
+
+    def block(self, low: int, high: int, leaving_from: int, leaving_to: int) -> Block:
+        """Queries `low` to `high` (an empty range only folds), as the slots in `leaving_from:leaving_to` leave."""
+        call, controls = self.call, self.call.seam.controls
+        empty = max(0, min(-leaving_from, leaving_to - leaving_from))  # before the first token nothing leaves
+        begin, end = (self.pinned + max(x, self.first) - self.first for x in (leaving_from, leaving_to))
+        writes = torch.arange(leaving_from, leaving_to, device=call.query.device)[None] >= (
+            self.sinks if controls.writes else self.total
+        )
+        if self.ranks is not None:
+            rank = F.pad(self.ranks[:, max(leaving_from, 0) : max(leaving_to, 0)], (empty, 0), value=-1)
+            writes = writes & (rank >= self.sinks)
+
+        def cut(x: Tensor) -> Tensor:
+            x = x[..., begin:end, :]
+            x = F.pad(x, (0, 0, empty, 0)) if empty else x
+            return x.roll(-1, dims=0) if controls.shuffled else x
+
+        reads = high > low
+        return Block(
+            query=self.read_query[:, :, low:high] if reads else None,
+            hidden=call.hidden[:, low:high] if reads else None,
+            local=lambda: self._local(low, high),
+            attend=lambda: self._attend(low, high),
+            leaving_key=cut(self.leaving_key),
+            leaving_value=cut(call.value),
+            leaving_features=None if self.features is None else cut(self.features),
+            writes=writes,
+        )
+
+    def _near(self, low: int, high: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Keys, values, slots and ranks of the sinks and of all that is in some window of queries `low` to `high`."""
+        call = self.call
+        begin = self.total - self.new + low
+        end = self.total - self.new + high
+        oldest = max(self.first, begin - self.window + 1)
+        cut = slice(self.pinned + oldest - self.first, self.pinned + end - self.first)
+        key, value, slots, ranks = call.key[:, :, cut], call.value[:, :, cut], self.slots[cut], self.column_ranks
+        head = self.pinned or self.sinks
+        if ranks is not None:
+            ranks = ranks[:, cut]
+            if self.sinks:
+                sinks = self.row_sinks
+                sink_slots = self.slots[sinks]
+                held = self.column_ranks.max(-1, keepdim=True).values >= torch.arange(self.sinks, device=sinks.device)
+                outside = held & ((sinks < self.pinned) | (sink_slots < oldest))
+                key = torch.cat([gather_columns(call.key, sinks), key], dim=2)
+                value = torch.cat([gather_columns(call.value, sinks), value], dim=2)
+                sink_ranks = torch.where(outside, torch.arange(self.sinks, device=sinks.device), -1)
+                ranks = torch.cat([sink_ranks, ranks], dim=1)
+                slots = torch.cat([slots.new_zeros(self.sinks), slots])
+        elif cut.start <= head:
+            key, value, slots = call.key[:, :, : cut.stop], call.value[:, :, : cut.stop], self.slots[: cut.stop]
+        elif head:
+            key = torch.cat([call.key[:, :, :head], key], dim=2)
+            value = torch.cat([call.value[:, :, :head], value], dim=2)
+            slots = torch.cat([self.slots[:head], slots])
+        return key, value, slots, ranks
+
+    def _visible(self, low: int, high: int, slots: Tensor, ranks: Tensor | None) -> Tensor:
+        begin = self.total - self.new
+        queries = torch.arange(begin + low, begin + high, device=slots.device)
+        return window_mask(queries, slots, self.window, self.sinks, ranks)
+
+    def _local(self, low: int, high: int) -> Tensor:
+        from .attention import base_function
+
+        call = self.call
+        function, implementation = base_function(call.module)
+        query = call.query[:, :, low:high]
+        key, value, slots, ranks = self._near(low, high)
+        if call.seam.memory.positions == "slot":
+            query, key = self._by_slot(query, key, low, high, slots if ranks is None else ranks)
+        mask = None
+        if not (high - low == 1 and ranks is None and key.shape[2] <= self.window + self.sinks):
+            mask = as_base_mask(self._visible(low, high, slots, ranks), query.dtype, implementation)
+        return function(call.module, query, key, value, attention_mask=mask, **call.kwargs)[0]
+
+    def _attend(self, low: int, high: int) -> tuple[Tensor, Tensor]:
+        call = self.call
+        key, value, slots, ranks = self._near(low, high)
+        visible = self._visible(low, high, slots, ranks)
+        scale, softcap = call.kwargs.get("scaling"), call.kwargs.get("softcap")
+        return attend(call.query[:, :, low:high], key, value, visible, scale=scale, softcap=softcap)
+
+    def _by_slot(self, query: Tensor, key: Tensor, low: int, high: int, ranks: Tensor) -> tuple[Tensor, Tensor]:
+        """Sinks at their distance inside the cache: twice the head dims, one half for sinks and one for the window.
+
+        The score of a window key is q . k as always, that of a sink is R(-steps) q . k, in one softmax.
+        """
+        begin = self.total - self.new
+        positions = torch.arange(begin + low, begin + high, device=query.device)[None]
+        if self.ranks is not None:
+            positions = self.ranks[:, begin + low : begin + high]
+        steps = slot_steps(positions, self.window + self.sinks)
+        turned = self.call.seam.rotary.turn_back(self.call.module, query, steps)
+        is_sink = ((ranks >= 0) & (ranks < self.sinks)).reshape(-1, 1, key.shape[2], 1)
+        zero = key.new_zeros(())
+        key = torch.cat([torch.where(is_sink, zero, key), torch.where(is_sink, key, zero)], dim=-1)
+        return torch.cat([query, turned], dim=-1), key

@@ -1,0 +1,83 @@
+"""The verbs: patch a model with a method, take it off again, and say what was done."""
+
+from __future__ import annotations
+
+import sys
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import MethodConfig
+from .errors import ConfigError, StateError
+from .patching.controls import ATTRIBUTE, memory_disabled
+from .patching.surgery import Ledger, detach
+
+__all__ = ["describe", "memory_disabled", "memory_parameters", "patch", "patched_config", "unpatch"]
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def patch(model: Model, config: MethodConfig) -> Model:
+    """Give `model` the memory that `config` names, in place, and return it.
+
+    Base weights are neither copied nor changed; new parameters are named `*.memory.*`. The state of a conversation lives in its
+    cache, so one patched model serves many.
+
+    Raises:
+        ConfigError: `config` is not a method config, or does not fit the model.
+        StateError: the model is patched already.
+        UnsupportedModelError: the model cannot be entered; the message says what was looked for and found.
+    """
+    if not isinstance(config, MethodConfig):
+        raise ConfigError(
+            f"patch needs a method config; found {config!r}. Pass for example AHNConfig(sliding_window=1024); "
+            "memretrofit.available_methods() lists all."
+        )
+    method = sys.modules[type(config).__module__]
+    getattr(method, f"patch_{config.method}")(model, config)
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Take the memory off: the same modules by identity, the same state dict bit for bit.
+
+    Raises:
+        StateError: the model is not patched.
+    """
+    detach(model)
+    return model
+
+
+def ledger_of(model: nn.Module) -> Ledger:
+    """What was added to a patched model.
+
+    Raises:
+        StateError: the model is not patched.
+    """
+    ledger = getattr(model, ATTRIBUTE, None)
+    if ledger is None:
+        raise StateError(f"This {type(model).__name__} is not patched. Call memretrofit.patch(model, config) first.")
+    return ledger
+
+
+def patched_config(model: nn.Module) -> MethodConfig:
+    """The config that `model` was patched with."""
+    return ledger_of(model).config
+
+
+def memory_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the patch added, by their names in `model`."""
+    ledger = ledger_of(model)
+    return {
+        f"{name}.memory.{inner}": parameter
+        for name, seam in ledger.seams.items()
+        for inner, parameter in seam.memory.named_parameters()
+    }
+
+
+def describe(model: nn.Module) -> str:
+    """A table: per layer what was patched and added, and cache bytes before and after at four lengths."""
+    from .describe import render
+
+    return render(model, ledger_of(model))
