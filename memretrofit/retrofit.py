@@ -8,10 +8,10 @@ from typing import TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import MethodConfig
-from .errors import ConfigError, StateError
-from .patching.controls import ATTRIBUTE, memory_disabled
-from .patching.surgery import Ledger, detach
+from memretrofit.config import MethodConfig
+from memretrofit.errors import ConfigError, StateError
+from memretrofit.patching.controls import ATTRIBUTE, memory_disabled
+from memretrofit.patching.surgery import Ledger, detach
 
 __all__ = ["describe", "memory_disabled", "memory_parameters", "patch", "patched_config", "unpatch"]
 
@@ -21,17 +21,18 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def patch(model: Model, config: MethodConfig) -> Model:
     """Give `model` the memory that `config` names, in place, and return it.
 
-    Base weights are neither copied nor changed; new parameters are named `*.memory.*`. The state of a conversation lives in its
-    cache, so one patched model serves many.
+    Base weights are neither copied nor changed; new parameters are named `*.memory.*`. The state
+    of a conversation lives in its cache, so one patched model serves many.
 
     Raises:
-        ConfigError: `config` is not a method config, or does not fit the model.
-        StateError: the model is patched already.
-        UnsupportedModelError: the model cannot be entered; the message says what was looked for and found.
+        ConfigError: `config` is not a method config, or does not fit the model. StateError: the
+        model is patched already. UnsupportedModelError: the model cannot be entered; the message
+        says what was looked for and found.
     """
     if not isinstance(config, MethodConfig):
         raise ConfigError(
-            f"patch needs a method config; found {config!r}. Pass for example AHNConfig(sliding_window=1024); "
+            f"patch needs a method config; found {config!r}. Pass for example "
+            "AHNConfig(sliding_window=1024); "
             "memretrofit.available_methods() lists all."
         )
     method = sys.modules[type(config).__module__]
@@ -57,7 +58,10 @@ def ledger_of(model: nn.Module) -> Ledger:
     """
     ledger = getattr(model, ATTRIBUTE, None)
     if ledger is None:
-        raise StateError(f"This {type(model).__name__} is not patched. Call memretrofit.patch(model, config) first.")
+        raise StateError(
+            f"This {type(model).__name__} is not patched. Call memretrofit.patch(model, config) "
+            "first."
+        )
     return ledger
 
 
@@ -77,7 +81,9 @@ def memory_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def describe(model: nn.Module) -> str:
-    """A table: per layer what was patched and added, and cache bytes before and after at four lengths."""
-    from .describe import render
+    """A table: per layer what was patched and added, and cache bytes before and after at four
+    lengths.
+    """
+    from memretrofit.describe import render
 
     return render(model, ledger_of(model))

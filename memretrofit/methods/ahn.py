@@ -1,22 +1,26 @@
-"""Artificial Hippocampus Networks: what leaves the attention window is folded into a fixed-size state.
+"""Artificial Hippocampus Networks: what leaves the window is folded into a fixed-size state.
 
 Fang et al., 2025, arXiv:2510.07318; details of normalisation and gates from the authors' code.
 
-Equations (one head; x the attention module's input; l = t - W the token that leaves as t arrives)::
+Equations (one head; x the attention module's input; l = t - W leaves the window as t arrives)::
 
-    local_t = softmax attention of q_t over sinks and window                                     [V]
-    S_t     = rule(S_{t-1}; k_l / |k_l|, v_l, g(x_l), beta(x_l))           the leaver writes      [K, V]
-    r_t     = S_t^T q_t / |q_t|                                            the newcomer reads     [V]
-    out_t   = local_t + A (RMSNorm(r_t) * silu(w_g . x_t))                 A starts at zero       [V]
+    local_t = softmax attention of q_t over sinks and window                               [V]
+    S_t     = rule(S_{t-1}; k_l / |k_l|, v_l, g(x_l), beta(x_l))     the leaver writes     [K, V]
+    r_t     = S_t^T q_t / |q_t|                                      the newcomer reads    [V]
+    out_t   = local_t + A (RMSNorm(r_t) * silu(w_g . x_t))           A starts at zero      [V]
 
     gated_delta: g = -exp(a) softplus(w_a . x + d),  beta = sigmoid(w_b . x)
     delta:       g = 0,                              beta = sigmoid(w_b . x)
-    ssd:         g = -exp(a) dt,  beta = dt = softplus(w_d . x + c + d);  the gate comes before a norm over all heads
+    ssd:         g = -exp(a) dt,                     beta = dt = softplus(w_d . x + c + d)
+                 and the gate comes before a norm over all heads
 
-Keys and values are repeated to query heads, after the rotary embedding (and after qk-norm where a model has it).
+Keys and values are repeated to query heads, after the rotary embedding (and after qk-norm where a
+model has it).
 
-Differs from the paper: W does not count the sinks (the released code counts them in); the authors' GatedDeltaNet carries a parameter
-per head that nothing reads, left out here. The last two fields are ours; their defaults are the published form.
+Differs from the paper: W does not count the sinks (the released code counts them in); the
+authors' GatedDeltaNet carries a parameter per head that nothing reads, left out here.
+`key_space` and `center_keys` are ours; their defaults are the published form.
+
 Reduces to: the base model until something leaves; `window_sinks` at A = 0.
 """
 
@@ -42,9 +46,13 @@ class AHNConfig(MethodConfig):
     """How much is kept exactly, and how the rest is written."""
 
     rule: Literal["gated_delta", "delta", "ssd"] = "gated_delta"
-    """How a leaving pair is written: with decay and correction, with correction, with decay (Mamba-2)."""
+    """How a leaving pair is written: with decay and correction, with correction, with decay
+    (Mamba-2).
+    """
     sliding_window: int = 1024
-    """Tokens attended exactly, sinks not included. Larger is closer to the base model and costs more cache."""
+    """Tokens attended exactly, sinks not included. Larger is closer to the base model and costs
+    more cache.
+    """
     num_sink_tokens: int = 4
     """First tokens of each row, never evicted. The paper evaluates with 128."""
     state_heads: Literal["query", "key_value"] = "query"
@@ -52,7 +60,9 @@ class AHNConfig(MethodConfig):
     layers_to_transform: tuple[int, ...] | None = None
     """Layers to patch; None patches every layer with full softmax attention."""
     key_space: Literal["post_rope", "pre_rope"] = "post_rope"
-    """Whether keys and queries meet the state with or without their positions; pre_rope keeps a second key in the window."""
+    """Whether keys and queries meet the state with or without their positions; pre_rope keeps a
+    second key in the window.
+    """
     center_keys: bool = False
     """Subtract a learned mean from the keys before they are normalised."""
 

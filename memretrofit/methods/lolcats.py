@@ -1,18 +1,21 @@
-"""LoLCATs, windowed: learned feature maps turn what leaves the window into linear attention under one normaliser.
+"""LoLCATs, windowed: learned feature maps fold what leaves, under one normaliser with the window.
 
 Zhang et al., 2024, arXiv:2410.10254.
 
-Equations (one head; F features a side)::
+Equations (one head; l = t - W leaves the window as t arrives)::
 
-    phi(x)  = [softmax(x U), softmax(-x U)]                    U [K, F] per head, starts at the identity      [2F]
-    S_t     = S_{t-1} + phi_k(k_l) v_l^T,   z_t = z_{t-1} + phi_k(k_l)         l = t - W leaves as t arrives
-    w_t     = c exp(b + u . q_t - gamma lse_t)                 c starts at zero: the memory starts silent
-    out_t   = (local_t + w_t phi_q(q_t)^T S_t) / (1 + w_t phi_q(q_t)^T z_t)                                    [V]
+    phi(x)  = [softmax(x U), softmax(-x U)]             U [K, K] starts at the identity    [2K]
+    S_t     = S_{t-1} + phi_k(k_l) v_l^T                                                   [2K, V]
+    z_t     = z_{t-1} + phi_k(k_l)                                                         [2K]
+    w_t     = c exp(b + u . q_t - gamma lse_t)          c starts at zero
+    out_t   = (local_t + w_t phi_q(q_t)^T S_t) / (1 + w_t phi_q(q_t)^T z_t)                [V]
 
-local_t is exact attention over sinks and window and lse_t the log of its normaliser, so that window and state share one normaliser.
+local_t is exact attention over sinks and window, lse_t the log of its normaliser.
 
-Differs from the paper: the weight w_t. There the window has a fixed weight and its largest score is subtracted from the window alone,
-so that the split ignores how large the window's scores are; here the split is learned and starts at the window. Sinks are kept.
+Differs from the paper: the weight w_t. There the window has a fixed weight, and its largest score
+is subtracted from the window alone, so that the split ignores how large the window's scores are;
+here the split is learned and starts at the window. Sinks are kept.
+
 Reduces to: the base model until something leaves; `window_sinks` at c = 0.
 """
 
@@ -46,7 +49,9 @@ class LoLCATsConfig(MethodConfig):
     layers_to_transform: tuple[int, ...] | None = None
     """Layers to patch; None patches every layer with full softmax attention."""
     key_space: Literal["post_rope", "pre_rope"] = "post_rope"
-    """Whether keys and queries meet the state with or without their positions; pre_rope keeps a second key in the window."""
+    """Whether keys and queries meet the state with or without their positions; pre_rope keeps a
+    second key in the window.
+    """
 
 
 LOLCATS = LoLCATsConfig(sliding_window=64)
@@ -54,7 +59,8 @@ LOLCATS = LoLCATsConfig(sliding_window=64)
 
 
 def patch_lolcats(model: PreTrainedModel, config: LoLCATsConfig) -> None:
-    """Give each selected attention layer a linear-attention state that shares its softmax's normaliser.
+    """Give each selected attention layer a linear-attention state that shares its softmax's
+    normaliser.
 
     Raises:
         UnsupportedModelError, ConfigError, NoTargetError, StateError: see `memretrofit.patch`.

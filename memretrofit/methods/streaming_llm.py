@@ -11,9 +11,9 @@ Equation (one head; q, k before the rotary embedding R; C = N + W)::
 
 so that no query ever stands further from a sink than the cache is long.
 
-Differs from the paper: nothing in what is computed. The authors rotate keys again at every step; here the cache holds the model's
-own rotated keys and only the query is turned back, by t - p_t, for its scores with sinks.
-Reduces to: `window_sinks` while t < C.
+Differs from the paper: nothing in what is computed. The authors rotate keys again at every step;
+here the cache holds the model's own rotated keys and only the query is turned back, by t - p_t,
+for its scores with sinks. Reduces to: `window_sinks` while t < C.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from memretrofit.patching.surgery import patch_attention
 PAPER = "arXiv:2309.17453"
 FAMILY = "compress"
 IDENTITY = "none"
-"""Past the window, sinks stand elsewhere than in the base model with an explicit mask; that is the method."""
+"""Past the window, sinks stand elsewhere than in the base model with an explicit mask; that is
+the method.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,8 @@ class SlotMemory(AttentionMemory):
 
 
 def patch_streaming_llm(model: PreTrainedModel, config: StreamingLLMConfig) -> None:
-    """Bound the cache of each selected layer, at any length without positions beyond the cache. Adds no parameters.
+    """Bound the cache of each selected layer, at any length without positions beyond the cache.
+    Adds no parameters.
 
     Raises:
         UnsupportedModelError: also when the model has no rotary embedding over whole heads.

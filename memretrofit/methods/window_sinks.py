@@ -1,7 +1,8 @@
 """Sinks and a sliding window, nothing else: the baseline that every compressed memory has to beat.
 
-The first tokens of a text draw attention whatever they say; keeping them beside a window keeps a pretrained model fluent at any
-length. Xiao et al., 2023, arXiv:2309.17453, without its change of positions (that is `streaming_llm`).
+The first tokens of a text draw attention whatever they say; keeping them beside a window keeps a
+pretrained model fluent at any length. Xiao et al., 2023, arXiv:2309.17453, without its change of
+positions (that is `streaming_llm`).
 
 Equation (one head)::
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops import chunk_rule
-from .memory import AttentionMemory, Block, State
+from memretrofit.modules.memory import AttentionMemory, Block, State
+from memretrofit.ops import chunk_rule
 
 
 class FeatureMap(nn.Module):
@@ -23,9 +23,11 @@ class FeatureMap(nn.Module):
 
 
 class StateWeight(nn.Module):
-    """What a unit of the state weighs beside the whole window: c exp(b + u q - gamma lse) per head, c >= 0.
+    """What a unit of the state weighs beside the whole window: c exp(b + u q - gamma lse) per
+    head, c >= 0.
 
-    c starts at zero (neutral), b, u and gamma too. gamma = 1 puts both sides on the scale of the window's own scores.
+    c starts at zero (neutral), b, u and gamma too. gamma = 1 puts both sides on the scale of the
+    window's own scores.
     """
 
     def __init__(self, num_heads: int, key_dim: int) -> None:
@@ -38,14 +40,18 @@ class StateWeight(nn.Module):
     def forward(self, query: Tensor, lse: Tensor) -> Tensor:
         """Query [B, H, C, K] and window log-sum-exp [B, H, C] to [B, H, C]."""
         weight = self.weight.float()
-        weight = weight + (weight.clamp(min=0) - weight).detach()  # at zero the gradient can still lift it
+        weight = (
+            weight + (weight.clamp(min=0) - weight).detach()
+        )  # at zero the gradient can still lift it
         scale = torch.einsum("bhck,hk->bhc", query.float(), self.direction.float())
         scale = scale + self.bias.float()[:, None] - self.lse_slope.float()[:, None] * lse
         return weight[:, None] * scale.exp()
 
 
 class FeatureMapMemory(AttentionMemory):
-    """out = (window + w phi(q)^T S) / (1 + w phi(q)^T z): one normaliser, in units of the window's own mass."""
+    """out = (window + w phi(q)^T S) / (1 + w phi(q)^T z): one normaliser, in units of the
+    window's own mass.
+    """
 
     def __init__(
         self,
@@ -78,10 +84,14 @@ class FeatureMapMemory(AttentionMemory):
         """Fold what leaves, and attend over window and state under one normaliser."""
         key = self.key_map(self._per_state_head(block.leaving_key))
         value = self._per_state_head(block.leaving_value).float()
-        value = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)  # the last column accumulates z
+        value = torch.cat(
+            [value, torch.ones_like(value[..., :1])], dim=-1
+        )  # the last column accumulates z
         beta = block.writes[:, None].to(key.dtype).expand(*key.shape[:3])
         query = key if block.query is None else self.query_map(block.query)
-        read, new_state = chunk_rule("ssd")(query, key, value, None, beta, scale=1.0, initial_state=state[0])
+        read, new_state = chunk_rule("ssd")(
+            query, key, value, None, beta, scale=1.0, initial_state=state[0]
+        )
         if block.query is None:
             return None, (new_state,)
         local, lse = block.attend()  # [B, H, C, V], [B, H, C]

@@ -1,8 +1,9 @@
 """What an attention memory is: the contract between a method's parameters and the attention seam.
 
-The seam cuts the new tokens into blocks of queries. For each block it offers exact attention over the sinks and the
-window, and the tokens that leave the window: row t of `leaving_*` is the token that leaves when query t arrives. The memory
-folds them into its state, reads, and returns the attention output. Letters: see `memretrofit.__doc__`.
+The seam cuts the new tokens into blocks of queries. For each block it offers exact attention over
+the sinks and the window, and the tokens that leave the window: row t of `leaving_*` is the token
+that leaves when query t arrives. The memory folds them into its state, reads, and returns the
+attention output. Letters: see `memretrofit.__doc__`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 State = tuple[Tensor, ...]
-"""Tensors with the batch first, float32. They live in the cache of a conversation, never on a module."""
+"""Tensors with the batch first, float32. They live in the cache of a conversation, never on a
+module.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,9 @@ class Block:
     local: Callable[[], Tensor]
     """The base model's own attention over sinks and window: [B, C, H, V]."""
     attend: Callable[[], tuple[Tensor, Tensor]]
-    """The same with its log-sum-exp: [B, H, C, V], [B, H, C]; for memories that share one softmax with the window."""
+    """The same with its log-sum-exp: [B, H, C, V], [B, H, C]; for memories that share one softmax
+    with the window.
+    """
     leaving_key: Tensor
     """[B, G, C, K] in the memory's key space."""
     leaving_value: Tensor
@@ -35,21 +40,30 @@ class Block:
     leaving_features: Tensor | None
     """[B, C, F] what `write_features` said about the leaving tokens when they arrived."""
     writes: Tensor
-    """[B | 1, C] bool: whether a token really leaves here (not a sink, not padding, not before the first token)."""
+    """[B | 1, C] bool: whether a token really leaves here (not a sink, not padding, not before
+    the first token).
+    """
 
 
 class AttentionMemory(nn.Module):
     """Sinks and window alone; subclasses add a state.
 
-    Parameters are read only inside `forward` of the module that owns them, so that offloading and sharding can move them.
+    Parameters are read only inside `forward` of the module that owns them, so that offloading and
+    sharding can move them.
     """
 
     write_features: nn.Module | None
-    """Maps hidden states [B, T, E] to [B, T, F], kept in the cache beside each token until the token leaves."""
+    """Maps hidden states [B, T, E] to [B, T, F], kept in the cache beside each token until the
+    token leaves.
+    """
     key_space: str = "post_rope"
-    """Whether queries and leaving keys are taken after (`post_rope`) or before (`pre_rope`) the rotary embedding."""
+    """Whether queries and leaving keys are taken after (`post_rope`) or before (`pre_rope`) the
+    rotary embedding.
+    """
     positions: str = "absolute"
-    """Where sinks stand for the rotary embedding: `absolute`, or by `slot` in the cache (StreamingLLM)."""
+    """Where sinks stand for the rotary embedding: `absolute`, or by `slot` in the cache
+    (StreamingLLM).
+    """
 
     def __init__(self, *, sliding_window: int, num_sink_tokens: int) -> None:
         super().__init__()
@@ -66,5 +80,6 @@ class AttentionMemory(nn.Module):
         return 0
 
     def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:
-        """Fold what leaves, read, and return the attention output [B, C, H, V] and the new state."""
+        """Fold what leaves, read, and return the attention output [B, C, H, V] and the new "
+        "state."""
         return (None if block.query is None else block.local()), state

@@ -1,4 +1,6 @@
-"""A state per head that leaving pairs are written into by a rule, and that queries read beside the window."""
+"""A state per head that leaving pairs are written into by a rule, and that queries read beside
+the window.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import RULES, chunk_rule
-from .memory import AttentionMemory, Block, State
+from memretrofit.modules.memory import AttentionMemory, Block, State
+from memretrofit.ops import chunk_rule
 
 Rule = Literal["gated_delta", "delta", "ssd"]
 EPSILON = 1e-5
 
 
 class Decay(nn.Module):
-    """Log decay g = -exp(A) softplus(a + b) <= 0 per head, and its step size softplus(a + b) (Mamba-2's dt)."""
+    """Log decay g = -exp(A) softplus(a + b) <= 0 per head, and its step size softplus(a + b)
+    (Mamba-2's dt).
+    """
 
     def __init__(self, num_heads: int, rule: Rule) -> None:
         super().__init__()
@@ -37,22 +41,30 @@ class Decay(nn.Module):
 
 
 class ReadOut(nn.Module):
-    """y = A_h (norm(r) silu(w x)) per head; A starts at zero, so that the memory is silent until it is trained."""
+    """y = A_h (norm(r) silu(w x)) per head; A starts at zero, so that the memory is silent until
+    it is trained.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, value_dim: int, rule: Rule) -> None:
         super().__init__()
         self.joint = rule == "ssd"  # Mamba-2 gates before its norm, which spans all heads
         self.read_gate = nn.Linear(hidden_size, num_heads, bias=self.joint)
-        self.norm_weight = nn.Parameter(torch.ones(num_heads * value_dim if self.joint else value_dim))
+        self.norm_weight = nn.Parameter(
+            torch.ones(num_heads * value_dim if self.joint else value_dim)
+        )
         self.out_map = nn.Parameter(torch.zeros(num_heads, value_dim, value_dim))
 
     def forward(self, read: Tensor, hidden: Tensor) -> Tensor:
         """Reads [B, H, C, V] and hidden states [B, C, E] to [B, C, H, V]."""
-        gate = F.silu(self.read_gate(hidden.to(self.read_gate.weight.dtype))).float()[..., None]  # [B, C, H, 1]
+        gate = F.silu(self.read_gate(hidden.to(self.read_gate.weight.dtype))).float()[
+            ..., None
+        ]  # [B, C, H, 1]
         read = read.transpose(1, 2).float()
         shape, norm_weight = read.shape, self.norm_weight.float()
         if self.joint:
-            read = F.rms_norm((read * gate).flatten(2), (norm_weight.numel(),), norm_weight, EPSILON).view(shape)
+            read = F.rms_norm(
+                (read * gate).flatten(2), (norm_weight.numel(),), norm_weight, EPSILON
+            ).view(shape)
         else:
             read = F.rms_norm(read, shape[-1:], norm_weight, EPSILON) * gate
         return torch.einsum("bchv,hvw->bchw", read, self.out_map.float())
@@ -88,7 +100,11 @@ class RecurrentMemory(AttentionMemory):
 
     def initial_state(self, batch_size: int, like: Tensor) -> State:
         """S = 0: [B, state heads, K, V]."""
-        return (like.new_zeros(batch_size, self.state_heads, self.key_dim, self.value_dim, dtype=torch.float32),)
+        return (
+            like.new_zeros(
+                batch_size, self.state_heads, self.key_dim, self.value_dim, dtype=torch.float32
+            ),
+        )
 
     def state_nbytes(self) -> int:
         """Bytes of one row's state."""
@@ -118,7 +134,9 @@ class RecurrentMemory(AttentionMemory):
         return F.normalize(query.float(), dim=-1, eps=1e-6).to(query.dtype)
 
     def _gates(self, features: Tensor, writes: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(g, beta) [B, heads, C]; both zero where nothing leaves, which leaves the state as it is."""
+        """(g, beta) [B, heads, C]; both zero where nothing leaves, which leaves the state as it
+        is.
+        """
         first, *rest = features.mT.split(self.state_heads, dim=1)
         if self.rule == "delta":
             return None, first.float().sigmoid() * writes

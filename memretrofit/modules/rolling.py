@@ -14,8 +14,9 @@ SPARE_COLUMNS = 64
 class RollingBuffer:
     """Columns along the second-to-last axis: `append` at the end, `drop` at the front.
 
-    Columns that were dropped leave room in front of the live ones. `drop` puts the pinned columns (the sinks) into that
-    room, so that pinned and recent columns are always one contiguous slice and attention needs no gather.
+    Columns that were dropped leave room in front of the live ones. `drop` puts the pinned columns
+    (the sinks) into that room, so that pinned and recent columns are always one contiguous slice
+    and attention needs no gather.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,9 @@ class RollingBuffer:
             self._hold(new)
             return new
         count = new.shape[-2]
-        differentiable = torch.is_grad_enabled() and (new.requires_grad or self._storage.requires_grad)
+        differentiable = torch.is_grad_enabled() and (
+            new.requires_grad or self._storage.requires_grad
+        )
         if differentiable or count > SPARE_COLUMNS:
             self._hold(torch.cat([self.view, new], dim=-2))
         else:
@@ -50,7 +53,9 @@ class RollingBuffer:
         return self.view
 
     def drop(self, count: int, pinned: Tensor) -> None:
-        """Remove the first `count` columns and put `pinned` (at most `count` columns) in front of what remains."""
+        """Remove the first `count` columns and put `pinned` (at most `count` columns) in front of
+        what remains.
+        """
         width = pinned.shape[-2]
         if torch.is_grad_enabled() and self._storage.requires_grad:
             self._hold(torch.cat([pinned, self.view[..., count:, :]], dim=-2))

@@ -1,1 +1,3 @@
-"""The only package that touches Transformers' internals: sites, seams, caches and the surgery that attaches them."""
+"""The only package that touches Transformers' internals: sites, seams, caches and the surgery
+that attaches them.
+"""

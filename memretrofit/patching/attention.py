@@ -1,9 +1,10 @@
 """The attention seam: one function that Transformers calls in the place of `sdpa` or `eager`.
 
-Per patched module and forward: a pre-hook finds the cache and notes the hidden states; the module projects, rotates and updates
-the cache as always and calls `memory_attention`; queries are processed in blocks against sinks + window + block; what
-leaves the window is folded into the state; the state is stored. Nothing here is T x T. While nothing has left the window, the
-base model's own function runs with its own arguments.
+Per patched module and forward: a pre-hook finds the cache and notes the hidden states; the module
+projects, rotates and updates the cache as always and calls `memory_attention`; queries are
+processed in blocks against sinks + window + block; what leaves the window is folded into the
+state; the state is stored. Nothing here is T x T. While nothing has left the window, the base
+model's own function runs with its own arguments.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from ..errors import StateError, UnsupportedModelError
-from ..modules.memory import AttentionMemory
-from .cache import MemoryLayer, upgrade
-from .config_view import base_implementation
-from .controls import Controls
-from .masks import is_padding_mask, rebuild_base_mask
-from .rotary import Rotary
-from .sites import probe
+from memretrofit.errors import StateError, UnsupportedModelError
+from memretrofit.modules.memory import AttentionMemory
+from memretrofit.patching.cache import MemoryLayer, upgrade
+from memretrofit.patching.config_view import base_implementation
+from memretrofit.patching.controls import Controls
+from memretrofit.patching.masks import is_padding_mask, rebuild_base_mask
+from memretrofit.patching.rotary import Rotary
+from memretrofit.patching.sites import probe
 
 
 @dataclass(eq=False)
 class Seam:
-    """One patched attention module: its memory, its model's switches, and the hooks around its forward."""
+    """One patched attention module: its memory, its model's switches, and the hooks around its
+    forward.
+    """
 
     memory: AttentionMemory
     controls: Controls
@@ -40,7 +43,9 @@ class Seam:
     rotary: Rotary | None
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Pre-hook: find the conversation's state and note what the attention function will not be given."""
+        """Pre-hook: find the conversation's state and note what the attention function will not
+        be given.
+        """
         if self.controls.disabled:
             return
         hidden = kwargs.get("hidden_states", args[0] if args else None)
@@ -58,7 +63,9 @@ class Seam:
 
 @dataclass(eq=False)
 class AttentionCall:
-    """One call of a patched module's attention: what the hook saw, then what the attention function was given."""
+    """One call of a patched module's attention: what the hook saw, then what the attention
+    function was given.
+    """
 
     seam: Seam
     hidden: Tensor
@@ -78,7 +85,7 @@ class AttentionCall:
 
     def remember(self) -> tuple[Tensor, Tensor | None]:
         """Attention with memory: exact over sinks and window, the memory's for the rest."""
-        from .windowed import windowed_attention
+        from memretrofit.patching.windowed import windowed_attention
 
         return windowed_attention(self)
 
@@ -94,7 +101,9 @@ def memory_attention(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The registered attention function: query `[B, H, q, K]`, key and value `[B, G, kv, *]`; returns `[B, q, H, V]`."""
+    """The registered attention function: query `[B, H, q, K]`, key and value `[B, G, kv, *]`;
+    returns `[B, q, H, V]`.
+    """
     recording = probe.get()
     if recording is not None:
         recording.calls.append((module, query, key, value, kwargs))
@@ -105,8 +114,10 @@ def memory_attention(
     call.mask, call.kwargs = attention_mask, kwargs
     if not is_padding_mask(attention_mask, query):
         raise StateError(
-            "The attention mask is more than causal with padding (packed sequences, a 4-D mask, or bidirectional spans), and a "
-            "memory cannot tell which tokens belong together. Pass one sequence per row and a 2-D attention mask."
+            "The attention mask is more than causal with padding (packed sequences, a 4-D mask, "
+            "or bidirectional spans), and a "
+            "memory cannot tell which tokens belong together. Pass one sequence per row and a 2-D "
+            "attention mask."
         )
     intercept = call.seam.controls.intercept
     return call.remember() if intercept is None else intercept(call)
@@ -120,17 +131,27 @@ def base_function(module: nn.Module) -> tuple[Callable[..., tuple[Tensor, Tensor
         return sys.modules[type(module).__module__].eager_attention_forward, implementation
     function = AttentionInterface().get(implementation)
     if function is None:
-        raise UnsupportedModelError(f"attention implementation {implementation!r} is not known to Transformers")
+        raise UnsupportedModelError(
+            f"attention implementation {implementation!r} is not known to Transformers"
+        )
     return function, implementation
 
 
 def base_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Base attention, with the mask that the base mask function would have made from the same padding."""
+    """Base attention, with the mask that the base mask function would have made from the same
+    padding.
+    """
     function, implementation = base_function(module)
     if mask is None or (
-        mask.dtype is torch.bool and (implementation == "eager" or (query.shape[2] > 1 and mask.stride(-2) == 0))
+        mask.dtype is torch.bool
+        and (implementation == "eager" or (query.shape[2] > 1 and mask.stride(-2) == 0))
     ):
         mask = rebuild_base_mask(mask, query, key, module.config)
     return function(module, query, key, value, attention_mask=mask, **kwargs)

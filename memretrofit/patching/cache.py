@@ -1,7 +1,8 @@
 """The cache layer of a patched attention module: sinks, window, and the state of what left.
 
-It takes the place of a `DynamicLayer` inside the model's own cache object. It reports the full sequence length, so that
-positions and masks stay those of the base model, and keeps `num_sink_tokens + sliding_window` tokens.
+It takes the place of a `DynamicLayer` inside the model's own cache object. It reports the full
+sequence length, so that positions and masks stay those of the base model, and keeps
+`num_sink_tokens + sliding_window` tokens.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..errors import StateError, UnsupportedModelError
-from ..modules.memory import AttentionMemory, State
-from ..modules.rolling import RollingBuffer
+from memretrofit.errors import StateError, UnsupportedModelError
+from memretrofit.modules.memory import AttentionMemory, State
+from memretrofit.modules.rolling import RollingBuffer
 
 
 class MemoryLayer(DynamicLayer):
     """One conversation's state in one layer.
 
-    Slots number the tokens of a row from 0, padding included. Columns are what is kept: `pinned` sinks, then the slots from
-    `first` to `seen - 1`. Slots below `folded` are in the state (or are sinks or padding).
+    Slots number the tokens of a row from 0, padding included. Columns are what is kept: `pinned`
+    sinks, then the slots from `first` to `seen - 1`. Slots below `folded` are in the state (or
+    are sinks or padding).
     """
 
     def __init__(self, owner: str, sliding_window: int, num_sink_tokens: int) -> None:
@@ -46,8 +48,12 @@ class MemoryLayer(DynamicLayer):
 
     # What the model and `generate` call
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append the new tokens and return all kept ones; trimming waits until attention has folded what leaves."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the new tokens and return all kept ones; trimming waits until attention has
+        folded what leaves.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.seen += key_states.shape[-2]
@@ -77,14 +83,17 @@ class MemoryLayer(DynamicLayer):
         """Forget the last `-tokens_to_remove` tokens.
 
         Raises:
-            StateError: a token that must come back into the window was already folded into the state.
+            StateError: a token that must come back into the window was already folded into the
+            state.
         """
         count = abs(tokens_to_remove)
         remaining = self.seen - count
         if count and self.folded > max(0, remaining - self.sliding_window):
             raise StateError(
-                f"crop({tokens_to_remove}) on a cache of {self.seen} tokens: {self.folded} tokens have left the window and "
-                "folding cannot be undone. Call cache.activate_past_recording() before the forward that may be cropped."
+                f"crop({tokens_to_remove}) on a cache of {self.seen} tokens: {self.folded} tokens "
+                "have left the window and "
+                "folding cannot be undone. Call cache.activate_past_recording() before the "
+                "forward that may be cropped."
             )
         if count and self.is_initialized:
             for stream in self.streams.values():
@@ -122,7 +131,9 @@ class MemoryLayer(DynamicLayer):
     # What the attention seam calls
 
     def commit(self, state: State, folded: int, ranks: Tensor | None) -> None:
-        """Store the state in which all slots below `folded` are, and drop their columns except the sinks."""
+        """Store the state in which all slots below `folded` are, and drop their columns except
+        the sinks.
+        """
         self.state, self.folded = state, folded
         sinks = self.num_sink_tokens
         if folded <= max(sinks, self.first):
@@ -137,7 +148,9 @@ class MemoryLayer(DynamicLayer):
         self.keys, self.values = self.streams["key"].view, self.streams["value"].view
 
     def _sink_columns(self, ranks: Tensor | None, count: int) -> Tensor:
-        """[N] or [B, N] columns, among the first `count`, that hold the sinks (0 where a row has none there yet)."""
+        """[N] or [B, N] columns, among the first `count`, that hold the sinks (0 where a row has
+        none there yet).
+        """
         device = self.streams["key"].view.device  # type: ignore[union-attr]
         wanted = torch.arange(self.num_sink_tokens, device=device)
         if ranks is None:
@@ -146,12 +159,16 @@ class MemoryLayer(DynamicLayer):
         return (kept == wanted[None, :, None]).int().argmax(-1)
 
     def column_ranks(self, ranks: Tensor) -> Tensor:
-        """[B, columns] rank of each kept column; -1 for padding and for pinned columns that are still empty."""
+        """[B, columns] rank of each kept column; -1 for padding and for pinned columns that are
+        still empty.
+        """
         window = ranks[:, self.first : self.seen]
         if not self.pinned:
             return window
         pinned = torch.arange(self.pinned, device=ranks.device)
-        last = ranks[:, : self.first].max(-1, keepdim=True).values  # a row's rank so far; -1 when all was padding
+        last = (
+            ranks[:, : self.first].max(-1, keepdim=True).values
+        )  # a row's rank so far; -1 when all was padding
         return torch.cat([torch.where(pinned <= last, pinned, -1), window], dim=-1)
 
 
@@ -168,17 +185,20 @@ def upgrade(cache: Cache, layer_idx: int, memory: AttentionMemory, owner: str) -
     """The memory layer at `layer_idx` of `cache`, put in the place of an empty `DynamicLayer`.
 
     Raises:
-        UnsupportedModelError: the cache is static, quantised, offloaded or of another kind that cannot hold a state.
-        StateError: the cache was filled without this memory.
+        UnsupportedModelError: the cache is static, quantised, offloaded or of another kind that
+        cannot hold a state. StateError: the cache was filled without this memory.
     """
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise UnsupportedModelError(
-            f"A patched model needs a DynamicCache; found {type(cache).__name__}. Pass past_key_values=DynamicCache()."
+            f"A patched model needs a DynamicCache; found {type(cache).__name__}. Pass "
+            "past_key_values=DynamicCache()."
         )
     if cache.offloading:
         raise UnsupportedModelError(
-            "An offloaded cache cannot hold a memory: its layers move between devices while attention reads them. "
-            "Use the default cache (cache_implementation=None): after patching, its size no longer grows."
+            "An offloaded cache cannot hold a memory: its layers move between devices while "
+            "attention reads them. "
+            "Use the default cache (cache_implementation=None): after patching, its size no "
+            "longer grows."
         )
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= layer_idx:
@@ -187,19 +207,24 @@ def upgrade(cache: Cache, layer_idx: int, memory: AttentionMemory, owner: str) -
     if isinstance(layer, MemoryLayer):
         if layer.owner != owner:
             raise StateError(
-                f"Layer {layer_idx} of this cache holds the state of another patched model (or of an earlier patch). "
+                f"Layer {layer_idx} of this cache holds the state of another patched model (or of "
+                "an earlier patch). "
                 "Start with a fresh cache: past_key_values=None."
             )
         return layer
     if type(layer) is not DynamicLayer:
         raise UnsupportedModelError(
-            f"Layer {layer_idx} of the cache is a {type(layer).__name__}; a memory can take the place of a DynamicLayer only. "
-            "Use the default cache: cache_implementation=None, past_key_values=None or DynamicCache(config=model.config)."
+            f"Layer {layer_idx} of the cache is a {type(layer).__name__}; a memory can take the "
+            "place of a DynamicLayer only. "
+            "Use the default cache: cache_implementation=None, past_key_values=None or "
+            "DynamicCache(config=model.config)."
         )
     if layer.get_seq_length():
         raise StateError(
-            f"Layer {layer_idx} of this cache already holds {layer.get_seq_length()} tokens that were read without memory. "
-            "Read the text again with a fresh cache, or keep using this one inside memretrofit.memory_disabled(model)."
+            f"Layer {layer_idx} of this cache already holds {layer.get_seq_length()} tokens that "
+            "were read without memory. "
+            "Read the text again with a fresh cache, or keep using this one inside "
+            "memretrofit.memory_disabled(model)."
         )
     fresh = MemoryLayer(owner, memory.sliding_window, memory.num_sink_tokens)
     cache.layers[layer_idx] = fresh

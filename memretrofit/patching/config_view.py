@@ -1,8 +1,10 @@
-"""Let some modules of one model see another attention implementation, without touching the shared config object.
+"""Let some modules of one model see another attention implementation, without touching the shared
+config object.
 
-Attention modules and mask builders read `self.config._attn_implementation`. The config object is shared with the rest of the
-model, and with every other model that was built from it, so it must not be changed. A view shares the config's attributes
-(reads and writes go both ways) and differs in that one property.
+Attention modules and mask builders read `self.config._attn_implementation`. The config object is
+shared with the rest of the model, and with every other model that was built from it, so it must
+not be changed. A view shares the config's attributes (reads and writes go both ways) and differs
+in that one property.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def base_implementation(config: PreTrainedConfig) -> str:
 
 
 def config_view(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config that shares all attributes of `config` and names the memretrofit attention function."""
+    """A config that shares all attributes of `config` and names the memretrofit attention
+    function.
+    """
     view = object.__new__(_view_class(type(config)))
     object.__setattr__(view, "__dict__", config.__dict__)
     return view
@@ -40,4 +44,6 @@ def config_view(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def is_view(config: object) -> bool:
     """Whether `config` came from `config_view`."""
-    return isinstance(config, PreTrainedConfig) and str(config._attn_implementation).startswith(PREFIX)
+    return isinstance(config, PreTrainedConfig) and str(config._attn_implementation).startswith(
+        PREFIX
+    )

@@ -1,4 +1,6 @@
-"""Switches of one patched model, and the context managers that set them: what every honest report compares."""
+"""Switches of one patched model, and the context managers that set them: what every honest report
+compares.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError, StateError
+from memretrofit.errors import ConfigError, StateError
 
 ATTRIBUTE = "memretrofit_patch"
 """Where a patched model keeps its ledger."""
@@ -41,7 +43,8 @@ def controls(model: PreTrainedModel) -> Controls:
     ledger = getattr(model, ATTRIBUTE, None)
     if ledger is None:
         raise StateError(
-            f"{type(model).__name__} is not patched, so it has no memory to control. Call memretrofit.patch(model, config)."
+            f"{type(model).__name__} is not patched, so it has no memory to control. Call "
+            "memretrofit.patch(model, config)."
         )
     return ledger.controls
 
@@ -60,7 +63,9 @@ def _set(model: PreTrainedModel, **values: Any) -> Iterator[None]:
 
 
 def memory_disabled(model: PreTrainedModel):
-    """Inside, the model is the base model with full attention, bit for bit; the same weights serve as teacher."""
+    """Inside, the model is the base model with full attention, bit for bit; the same weights
+    serve as teacher.
+    """
     return _set(model, disabled=True)
 
 
@@ -70,9 +75,11 @@ def writes_disabled(model: PreTrainedModel):
 
 
 def state_shuffled(model: PreTrainedModel):
-    """Inside, row b reads the state that row b + 1 of the batch wrote (the last row reads the first's).
+    """Inside, row b reads the state that row b + 1 of the batch wrote (the last row reads the
+    first's).
 
-    What survives this is a general correction; what is lost was memory of the row's own text. Rows must have no padding.
+    What survives this is a general correction; what is lost was memory of the row's own text.
+    Rows must have no padding.
     """
     return _set(model, shuffled=True)
 
@@ -85,7 +92,8 @@ def window_override(model: PreTrainedModel, *, sliding_window: int, num_sink_tok
     """
     if sliding_window < 1 or num_sink_tokens < 0:
         raise ConfigError(
-            f"window_override needs sliding_window >= 1 and num_sink_tokens >= 0; found {sliding_window} and {num_sink_tokens}."
+            "window_override needs sliding_window >= 1 and num_sink_tokens >= 0; found "
+            f"{sliding_window} and {num_sink_tokens}."
         )
     return _set(model, window=(sliding_window, num_sink_tokens))
 

@@ -1,8 +1,9 @@
 """Masks for patched models: padding only, expanded without storage, instead of a T x T tensor.
 
-A patched layer needs to know which tokens are padding; causality and the window follow from positions. So the registered mask
-function returns None (no padding) or the padding mask `[B, 1, q, kv]` with stride 0 over the queries. Layers that run
-base attention rebuild the base model's own mask from it, bit for bit.
+A patched layer needs to know which tokens are padding; causality and the window follow from
+positions. So the registered mask function returns None (no padding) or the padding mask `[B, 1,
+q, kv]` with stride 0 over the queries. Layers that run base attention rebuild the base model's
+own mask from it, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from transformers.masking_utils import (
     prepare_padding_mask,
 )
 
-from ..errors import UnsupportedModelError
-from .config_view import PREFIX, base_implementation
+from memretrofit.errors import UnsupportedModelError
+from memretrofit.patching.config_view import PREFIX, base_implementation
 
 
 def padding_mask(
@@ -31,7 +32,9 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Mask function of the patched implementations; other patterns than causal go to the base mask function."""
+    """Mask function of the patched implementations; other patterns than causal go to the base
+    mask function.
+    """
     if mask_function is not causal_mask_function or kv_offset:
         return _base_mask(kwargs["config"])(
             batch_size=batch_size,
@@ -56,8 +59,12 @@ def is_padding_mask(mask: Tensor | None, query: Tensor) -> bool:
     return mask.dtype is torch.bool and (query.shape[2] == 1 or mask.stride(-2) == 0)
 
 
-def rebuild_base_mask(mask: Tensor | None, query: Tensor, key: Tensor, config: Any) -> Tensor | None:
-    """The mask that the base implementation would have received for causal attention with this padding."""
+def rebuild_base_mask(
+    mask: Tensor | None, query: Tensor, key: Tensor, config: Any
+) -> Tensor | None:
+    """The mask that the base implementation would have received for causal attention with this
+    padding.
+    """
     q_length, kv_length = query.shape[2], key.shape[2]
     return _base_mask(config)(
         batch_size=query.shape[0],
@@ -75,7 +82,9 @@ def rebuild_base_mask(mask: Tensor | None, query: Tensor, key: Tensor, config: A
 
 
 def token_ranks(mask: Tensor | None) -> Tensor | None:
-    """[B, kv] index of each token among the real tokens of its row, -1 for padding; None when nothing is padding."""
+    """[B, kv] index of each token among the real tokens of its row, -1 for padding; None when
+    nothing is padding.
+    """
     if mask is None:
         return None
     real = mask[:, 0, -1, :]
@@ -94,7 +103,8 @@ def _base_mask(config: Any) -> Any:
     name = base_implementation(config)
     if PREFIX + name not in ALL_MASK_ATTENTION_FUNCTIONS:
         raise UnsupportedModelError(
-            f"The model runs attention implementation {name!r}; memretrofit serves 'sdpa' and 'eager'. "
+            f"The model runs attention implementation {name!r}; memretrofit serves 'sdpa' and "
+            "'eager'. "
             "Call model.set_attn_implementation('sdpa')."
         )
     return ALL_MASK_ATTENTION_FUNCTIONS[name]

@@ -1,7 +1,8 @@
 """Undo or shift a rotary embedding, with the model's own rotary module and function.
 
-Queries and keys arrive rotated. A memory may want them before rotation, and StreamingLLM wants sinks at a bounded distance; both
-are rotations by a negative angle, so the cache always stores what the model made.
+Queries and keys arrive rotated. A memory may want them before rotation, and StreamingLLM wants
+sinks at a bounded distance; both are rotations by a negative angle, so the cache always stores
+what the model made.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from torch import Tensor, nn
 
 
 def unrotate(module: nn.Module, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    """Undo the rotation of `x` `[B, H, T, K]` by the (cos, sin) that the module was given: R(-p) x."""
+    """Undo the rotation of `x` `[B, H, T, K]` by the (cos, sin) that the module was given: R(-p)
+    x.
+    """
     cos, sin = position_embeddings
     apply = sys.modules[type(module).__module__].apply_rotary_pos_emb
     return apply(x, x, cos, -sin)[0]
 
 
 def can_unrotate(module: nn.Module, query: Tensor, position_embeddings: Any) -> bool:
-    """Whether the module rotates whole heads by a (cos, sin) pair, so that `unrotate` is its inverse."""
+    """Whether the module rotates whole heads by a (cos, sin) pair, so that `unrotate` is its
+    inverse.
+    """
     if not (isinstance(position_embeddings, (tuple, list)) and len(position_embeddings) == 2):
         return False
     try:
@@ -41,7 +46,9 @@ class Rotary:
 
     def turn_back(self, attention: nn.Module, x: Tensor, steps: Tensor) -> Tensor:
         """Rotate `x` `[B, H, T, K]` back by `steps` `[1 | B, T]` positions."""
-        arguments: dict[str, Any] = {} if self.layer_type is None else {"layer_type": self.layer_type}
+        arguments: dict[str, Any] = (
+            {} if self.layer_type is None else {"layer_type": self.layer_type}
+        )
         cos, sin = self.module(x, steps.clamp(min=0), **arguments)
         scale = getattr(self.module, "attention_scaling", 1.0)  # already in x, once
         return unrotate(attention, x, (cos / scale, sin / scale))

@@ -1,7 +1,8 @@
 """Find where a decoder can be entered, by asking the model: one forward of two tokens, recorded.
 
-Names and classes of attention modules differ between architectures. What they share is the call into Transformers' attention
-interface, so the modules that make that call in a forward are the sites, with the shapes that they really pass.
+Names and classes of attention modules differ between architectures. What they share is the call
+into Transformers' attention interface, so the modules that make that call in a forward are the
+sites, with the shapes that they really pass.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..errors import UnsupportedModelError
-from .config_view import base_implementation, config_view, is_view
-from .registration import IMPLEMENTATIONS, register
-from .rotary import can_unrotate
+from memretrofit.errors import UnsupportedModelError
+from memretrofit.patching.config_view import base_implementation, config_view, is_view
+from memretrofit.patching.registration import IMPLEMENTATIONS, register
+from memretrofit.patching.rotary import can_unrotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,9 @@ probe: ContextVar[_Probe | None] = ContextVar("memretrofit_probe", default=None)
 
 
 def config_holders(model: PreTrainedModel) -> dict[nn.Module, Any]:
-    """The modules that read an attention implementation from a config, the outermost model excepted."""
+    """The modules that read an attention implementation from a config, the outermost model
+    excepted.
+    """
     holders = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -76,30 +79,36 @@ def viewed_configs(model: PreTrainedModel):
 
 
 def find_attention_sites(model: PreTrainedModel) -> list[AttentionSite]:
-    """The attention modules of a decoder in layer order, patchable or not, each with the reason when it is not.
+    """The attention modules of a decoder in layer order, patchable or not, each with the reason
+    when it is not.
 
     Raises:
-        UnsupportedModelError: the model runs another attention implementation than sdpa or eager, cannot run on two token
+        UnsupportedModelError: the model runs another attention implementation than sdpa or eager,
+        cannot run on two token
             ids, or never calls the attention interface.
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"memretrofit patches Transformers models; found {name}. Pass the model that from_pretrained returned "
+            f"memretrofit patches Transformers models; found {name}. Pass the model that "
+            "from_pretrained returned "
             "(for a PEFT model: patch first, or pass peft_model.base_model.model)."
         )
     implementations = {base_implementation(c) for c in config_holders(model).values()} - {"eager"}
     if not implementations <= set(IMPLEMENTATIONS):
         raise UnsupportedModelError(
-            f"{name} runs attention implementation {', '.join(sorted(implementations))}; memretrofit serves "
-            f"{' and '.join(IMPLEMENTATIONS)}. Call model.set_attn_implementation('sdpa') before patching."
+            f"{name} runs attention implementation {', '.join(sorted(implementations))}; "
+            "memretrofit serves "
+            f"{' and '.join(IMPLEMENTATIONS)}. Call model.set_attn_implementation('sdpa') before "
+            "patching."
         )
     register()
     record = _Probe({}, {}, [])
     cache = _run_two_tokens(model, record)
     if not record.calls:
         raise UnsupportedModelError(
-            f"{name} never calls Transformers' attention interface, which is where a memory enters attention."
+            f"{name} never calls Transformers' attention interface, which is where a memory "
+            "enters attention."
         )
     names = {module: path for path, module in model.named_modules()}
     counts = [module for module, *_ in record.calls]
@@ -114,7 +123,9 @@ def _run_two_tokens(model: PreTrainedModel, record: _Probe) -> Cache | None:
             record.positions[module] = kwargs.get("position_embeddings")
 
     handles = [
-        m.register_forward_pre_hook(remember, with_kwargs=True) for m in model.modules() if hasattr(m, "layer_idx")
+        m.register_forward_pre_hook(remember, with_kwargs=True)
+        for m in model.modules()
+        if hasattr(m, "layer_idx")
     ]
     modes = {module: module.training for module in model.modules()}
     token = probe.set(record)
@@ -124,7 +135,8 @@ def _run_two_tokens(model: PreTrainedModel, record: _Probe) -> Cache | None:
             return model.eval()(input_ids=ids, use_cache=True).get("past_key_values")
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not run on two token ids, so its attention could not be located: {error}"
+            f"{type(model).__name__} does not run on two token ids, so its attention could not be "
+            f"located: {error}"
         ) from error
     finally:
         probe.reset(token)
@@ -134,11 +146,17 @@ def _run_two_tokens(model: PreTrainedModel, record: _Probe) -> Cache | None:
             handle.remove()
 
 
-def _site(names: dict, record: _Probe, cache: Cache | None, call: tuple, times: int) -> AttentionSite:
+def _site(
+    names: dict, record: _Probe, cache: Cache | None, call: tuple, times: int
+) -> AttentionSite:
     module, query, key, value, kwargs = call
     index = getattr(module, "layer_idx", None)
     hidden = record.hidden.get(module)
-    layer = cache.layers[index] if isinstance(cache, Cache) and index is not None and index < len(cache.layers) else None
+    layer = (
+        cache.layers[index]
+        if isinstance(cache, Cache) and index is not None and index < len(cache.layers)
+        else None
+    )
     return AttentionSite(
         name=names[module],
         module=module,
@@ -162,7 +180,11 @@ def _why_not(hidden: Tensor | None, layer: Any, times: int, kwargs: dict[str, An
         return "no hidden states or layer index to read"
     if type(layer) is not DynamicLayer:
         kind = "no cache layer" if layer is None else type(layer).__name__
-        return "native sliding window" if getattr(layer, "is_sliding", False) else f"cache layer is {kind}"
+        return (
+            "native sliding window"
+            if getattr(layer, "is_sliding", False)
+            else f"cache layer is {kind}"
+        )
     for argument in ("position_bias", "indices"):
         if kwargs.get(argument) is not None:
             return f"attention takes {argument}"

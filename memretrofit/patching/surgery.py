@@ -1,4 +1,6 @@
-"""Attach memories to a model and take them off again, with a ledger of everything that was touched."""
+"""Attach memories to a model and take them off again, with a ledger of everything that was
+touched.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..config import MethodConfig
-from ..errors import ConfigError, NoTargetError, StateError, UnsupportedModelError
-from ..modules.memory import AttentionMemory
-from .attention import Seam
-from .cache import upgrade
-from .config_view import config_view
-from .controls import ATTRIBUTE, Controls
-from .rotary import find_rotary
-from .sites import AttentionSite, config_holders, find_attention_sites
+from memretrofit.config import MethodConfig
+from memretrofit.errors import ConfigError, NoTargetError, StateError, UnsupportedModelError
+from memretrofit.modules.memory import AttentionMemory
+from memretrofit.patching.attention import Seam
+from memretrofit.patching.cache import upgrade
+from memretrofit.patching.config_view import config_view
+from memretrofit.patching.controls import ATTRIBUTE, Controls
+from memretrofit.patching.rotary import find_rotary
+from memretrofit.patching.sites import AttentionSite, config_holders, find_attention_sites
 
 
 @dataclass(eq=False)
@@ -40,7 +42,8 @@ def patch_attention(
     config: Any,
     make_memory: Callable[[AttentionSite], AttentionMemory],
 ) -> None:
-    """Give each selected attention module the memory that `make_memory` builds for it. All or nothing.
+    """Give each selected attention module the memory that `make_memory` builds for it. All or
+    nothing.
 
     Raises:
         StateError: the model is patched already.
@@ -97,9 +100,13 @@ def detach(model: PreTrainedModel) -> None:
     delattr(model, ATTRIBUTE)
 
 
-def _prepare_cache(model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+def _prepare_cache(
+    model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+) -> Any:
     """Upgrade the cache before `generate` decides what it may record or crop."""
-    result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args)
+    result = type(model)._prepare_cache_for_generation(
+        model, generation_config, model_kwargs, *args
+    )
     ledger = getattr(model, ATTRIBUTE)
     cache = model_kwargs.get("past_key_values")
     if cache is not None and not ledger.controls.disabled:
@@ -114,8 +121,10 @@ def _check_window(model: PreTrainedModel, config: Any) -> None:
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and config.sliding_window >= positions:
         raise ConfigError(
-            f"sliding_window={config.sliding_window} is not smaller than the {positions} positions that "
-            f"{type(model).__name__} was trained on, so nothing would ever leave it. Choose a smaller window."
+            f"sliding_window={config.sliding_window} is not smaller than the {positions} "
+            "positions that "
+            f"{type(model).__name__} was trained on, so nothing would ever leave it. Choose a "
+            "smaller window."
         )
 
 
@@ -128,7 +137,8 @@ def _choose(
         if not patchable:
             reasons = ", ".join(sorted({site.reason for site in sites}))
             raise UnsupportedModelError(
-                f"No attention layer of {name} can be given a memory; found {len(sites)} layers: {reasons}."
+                f"No attention layer of {name} can be given a memory; found {len(sites)} layers: "
+                f"{reasons}."
             )
         return patchable
     by_layer = {site.layer_idx: site for site in sites}
@@ -140,18 +150,22 @@ def _choose(
         )
     refused = {index: by_layer[index].reason for index in wanted if not by_layer[index].patchable}
     if refused:
-        raise UnsupportedModelError(f"layers_to_transform={wanted}: {name} cannot serve these layers: {refused}.")
+        raise UnsupportedModelError(
+            f"layers_to_transform={wanted}: {name} cannot serve these layers: {refused}."
+        )
     return [by_layer[index] for index in sorted(set(wanted))]
 
 
 def _check_rotary(model: PreTrainedModel, site: AttentionSite, memory: AttentionMemory) -> None:
     if memory.key_space == "pre_rope" and not site.rotates:
         raise UnsupportedModelError(
-            f"key_space='pre_rope' needs heads that are rotated by a (cos, sin) pair; {site.name} of {type(model).__name__} "
+            f"key_space='pre_rope' needs heads that are rotated by a (cos, sin) pair; {site.name} "
+            f"of {type(model).__name__} "
             "does not get one for whole heads. Use key_space='post_rope'."
         )
     if memory.positions == "slot" and not (site.rotates and find_rotary(model, site.module)):
         raise UnsupportedModelError(
-            f"Slot positions need rotary embeddings over whole heads; {site.name} of {type(model).__name__} has none. "
+            f"Slot positions need rotary embeddings over whole heads; {site.name} of "
+            f"{type(model).__name__} has none. "
             "Use window_sinks, which keeps absolute positions."
         )

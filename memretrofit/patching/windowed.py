@@ -1,7 +1,8 @@
 """Attention over sinks and window in query blocks, with what leaves handed to the memory.
 
-For a query at slot t: sinks and the slots in (t - W, t] are attended exactly; every other real token before t is in the state,
-which token t - W enters as t arrives. So each token before t is in exactly one of the two.
+For a query at slot t: sinks and the slots in (t - W, t] are attended exactly; every other real
+token before t is in the state, which token t - W enters as t arrives. So each token before t is
+in exactly one of the two.
 """
 
 from __future__ import annotations
@@ -14,26 +15,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UnsupportedModelError
-from ..modules.memory import Block
-from ..ops.attend import attend
-from ..ops.window import window_mask
-from .cache import gather_columns
-from .masks import as_base_mask, token_ranks
-from .rotary import slot_steps, unrotate
+from memretrofit.errors import UnsupportedModelError
+from memretrofit.modules.memory import Block
+from memretrofit.ops.attend import attend
+from memretrofit.ops.window import window_mask
+from memretrofit.patching.cache import gather_columns
+from memretrofit.patching.masks import as_base_mask, token_ranks
+from memretrofit.patching.rotary import slot_steps, unrotate
 
 if TYPE_CHECKING:
-    from .attention import AttentionCall
+    from memretrofit.patching.attention import AttentionCall
 
 MIN_BLOCK, MAX_BLOCK = 128, 1024
 """Queries per block: as many as the window holds, within these bounds."""
 
 
 def windowed_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    """Sinks + window + memory for the new tokens of `call`; full attention while nothing has left the window.
+    """Sinks + window + memory for the new tokens of `call`; full attention while nothing has left
+    the window.
 
     Raises:
-        UnsupportedModelError: attention weights are asked for, which do not exist for a folded token.
+        UnsupportedModelError: attention weights are asked for, which do not exist for a folded
+        token.
     """
     memory, layer = call.seam.memory, call.layer
     columns = _Columns(call)
@@ -46,12 +49,17 @@ def windowed_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         return call.full()
     if call.kwargs.get("output_attentions"):
         raise UnsupportedModelError(
-            "output_attentions=True with a memory: tokens that left the window have no attention weights. "
+            "output_attentions=True with a memory: tokens that left the window have no attention "
+            "weights. "
             "Use memretrofit.memory_disabled(model) to see the base model's weights."
         )
     columns.keep_features()
     columns.keep_unrotated()
-    state = layer.state if layer is not None and layer.state else memory.initial_state(call.query.shape[0], call.query)
+    state = (
+        layer.state
+        if layer is not None and layer.state
+        else memory.initial_state(call.query.shape[0], call.query)
+    )
     start = columns.total - columns.new
     if layer is not None:
         settled = max(0, (layer.confirmed if layer.record_past else start) - columns.window)
@@ -121,10 +129,14 @@ class _Columns:
         return (self.column_ranks[:, None, :] == wanted[None, :, None]).int().argmax(-1)
 
     def keep_features(self) -> None:
-        """Compute what must be known of a token when it leaves, while its hidden state is at hand."""
+        """Compute what must be known of a token when it leaves, while its hidden state is at
+        hand.
+        """
         if self.call.seam.memory.write_features is not None:
             new = self.call.seam.memory.write_features(self.call.hidden)
-            self.features = new if self.layer is None else self.layer.streams["features"].append(new)
+            self.features = (
+                new if self.layer is None else self.layer.streams["features"].append(new)
+            )
 
     def keep_unrotated(self) -> None:
         """The same for keys before their rotation."""
@@ -132,18 +144,28 @@ class _Columns:
         if call.seam.memory.key_space == "pre_rope":
             self.read_query = unrotate(call.module, call.query, call.position_embeddings)
             new = unrotate(call.module, call.key[:, :, -self.new :], call.position_embeddings)
-            self.leaving_key = new if self.layer is None else self.layer.streams["unrotated"].append(new)
+            self.leaving_key = (
+                new if self.layer is None else self.layer.streams["unrotated"].append(new)
+            )
 
     def block(self, low: int, high: int, leaving_from: int, leaving_to: int) -> Block:
-        """Queries `low` to `high` (an empty range only folds), as the slots in `leaving_from:leaving_to` leave."""
+        """Queries `low` to `high` (an empty range only folds), as the slots in
+        `leaving_from:leaving_to` leave.
+        """
         call, controls = self.call, self.call.seam.controls
-        empty = max(0, min(-leaving_from, leaving_to - leaving_from))  # before the first token nothing leaves
-        begin, end = (self.pinned + max(x, self.first) - self.first for x in (leaving_from, leaving_to))
+        empty = max(
+            0, min(-leaving_from, leaving_to - leaving_from)
+        )  # before the first token nothing leaves
+        begin, end = (
+            self.pinned + max(x, self.first) - self.first for x in (leaving_from, leaving_to)
+        )
         writes = torch.arange(leaving_from, leaving_to, device=call.query.device)[None] >= (
             self.sinks if controls.writes else self.total
         )
         if self.ranks is not None:
-            rank = F.pad(self.ranks[:, max(leaving_from, 0) : max(leaving_to, 0)], (empty, 0), value=-1)
+            rank = F.pad(
+                self.ranks[:, max(leaving_from, 0) : max(leaving_to, 0)], (empty, 0), value=-1
+            )
             writes = writes & (rank >= self.sinks)
 
         def cut(x: Tensor) -> Tensor:
@@ -164,20 +186,29 @@ class _Columns:
         )
 
     def _near(self, low: int, high: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Keys, values, slots and ranks of the sinks and of all that is in some window of queries `low` to `high`."""
+        """Keys, values, slots and ranks of the sinks and of all that is in some window of queries
+        `low` to `high`.
+        """
         call = self.call
         begin = self.total - self.new + low
         end = self.total - self.new + high
         oldest = max(self.first, begin - self.window + 1)
         cut = slice(self.pinned + oldest - self.first, self.pinned + end - self.first)
-        key, value, slots, ranks = call.key[:, :, cut], call.value[:, :, cut], self.slots[cut], self.column_ranks
+        key, value, slots, ranks = (
+            call.key[:, :, cut],
+            call.value[:, :, cut],
+            self.slots[cut],
+            self.column_ranks,
+        )
         head = self.pinned or self.sinks
         if ranks is not None:
             ranks = ranks[:, cut]
             if self.sinks:
                 sinks = self.row_sinks
                 sink_slots = self.slots[sinks]
-                held = self.column_ranks.max(-1, keepdim=True).values >= torch.arange(self.sinks, device=sinks.device)
+                held = self.column_ranks.max(-1, keepdim=True).values >= torch.arange(
+                    self.sinks, device=sinks.device
+                )
                 outside = held & ((sinks < self.pinned) | (sink_slots < oldest))
                 key = torch.cat([gather_columns(call.key, sinks), key], dim=2)
                 value = torch.cat([gather_columns(call.value, sinks), value], dim=2)
@@ -185,7 +216,11 @@ class _Columns:
                 ranks = torch.cat([sink_ranks, ranks], dim=1)
                 slots = torch.cat([slots.new_zeros(self.sinks), slots])
         elif cut.start <= head:
-            key, value, slots = call.key[:, :, : cut.stop], call.value[:, :, : cut.stop], self.slots[: cut.stop]
+            key, value, slots = (
+                call.key[:, :, : cut.stop],
+                call.value[:, :, : cut.stop],
+                self.slots[: cut.stop],
+            )
         elif head:
             key = torch.cat([call.key[:, :, :head], key], dim=2)
             value = torch.cat([call.value[:, :, :head], value], dim=2)
@@ -198,7 +233,7 @@ class _Columns:
         return window_mask(queries, slots, self.window, self.sinks, ranks)
 
     def _local(self, low: int, high: int) -> Tensor:
-        from .attention import base_function
+        from memretrofit.patching.attention import base_function
 
         call = self.call
         function, implementation = base_function(call.module)
@@ -218,10 +253,14 @@ class _Columns:
         scale, softcap = call.kwargs.get("scaling"), call.kwargs.get("softcap")
         return attend(call.query[:, :, low:high], key, value, visible, scale=scale, softcap=softcap)
 
-    def _by_slot(self, query: Tensor, key: Tensor, low: int, high: int, ranks: Tensor) -> tuple[Tensor, Tensor]:
-        """Sinks at their distance inside the cache: twice the head dims, one half for sinks and one for the window.
+    def _by_slot(
+        self, query: Tensor, key: Tensor, low: int, high: int, ranks: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sinks at their distance inside the cache: twice the head dims, one half for sinks and
+        one for the window.
 
-        The score of a window key is q . k as always, that of a sink is R(-steps) q . k, in one softmax.
+        The score of a window key is q . k as always, that of a sink is R(-steps) q . k, in one
+        softmax.
         """
         begin = self.total - self.new
         positions = torch.arange(begin + low, begin + high, device=query.device)[None]
