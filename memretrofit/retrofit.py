@@ -84,6 +84,6 @@ def describe(model: nn.Module) -> str:
     """A table: per layer what was patched and added, and cache bytes before and after at four
     lengths.
     """
-    from memretrofit.describe import render
+    from memretrofit.description import render
 
     return render(model, ledger_of(model))

@@ -4,17 +4,19 @@ Zhang et al., 2024, arXiv:2410.10254.
 
 Equations (one head; l = t - W leaves the window as t arrives)::
 
-    phi(x)  = [softmax(x U), softmax(-x U)]             U [K, K] starts at the identity    [2K]
+    phi(x)  = exp(s.(x - m)) [softmax((x - m) U), softmax(-(x - m) U)]     U starts at 1   [2K]
     S_t     = S_{t-1} + phi_k(k_l) v_l^T                                                   [2K, V]
     z_t     = z_{t-1} + phi_k(k_l)                                                         [2K]
-    w_t     = c exp(b + u . q_t - gamma lse_t)          c starts at zero
+    w_t     = c exp(b - gamma lse_t)                                       c starts at 0
     out_t   = (local_t + w_t phi_q(q_t)^T S_t) / (1 + w_t phi_q(q_t)^T z_t)                [V]
 
 local_t is exact attention over sinks and window, lse_t the log of its normaliser.
 
-Differs from the paper: the weight w_t. There the window has a fixed weight, and its largest score
-is subtracted from the window alone, so that the split ignores how large the window's scores are;
-here the split is learned and starts at the window. Sinks are kept.
+Differs from the paper: (1) the weight w_t. There the window has a fixed weight, and its largest
+score is subtracted from the window alone, so that the split ignores how large the window's scores
+are; here both sides are on the scale of the scores (gamma = 1) and the state starts silent. (2) The
+mean m and the scale s of each map, set from the model's own queries and keys before training
+(`FeatureMapMemory.calibrate`); at s = m = 0 the maps are the published ones. (3) Sinks are kept.
 
 Reduces to: the base model until something leaves; `window_sinks` at c = 0.
 """

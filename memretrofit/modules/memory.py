@@ -11,12 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 State = tuple[Tensor, ...]
-"""Tensors with the batch first, float32. They live in the cache of a conversation, never on a
-module.
-"""
+"""Tensors with the batch first, at least float32. They live in the cache, never on a module."""
+
+
+def widened(x: Tensor) -> Tensor:
+    """At least float32: what is summed over a whole text is not kept in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,13 @@ class AttentionMemory(nn.Module):
     def state_nbytes(self) -> int:
         """Bytes of one row's state."""
         return 0
+
+    def calibrate(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Set what should start from the model's own statistics; called once before training.
+
+        Queries [B, H, T, K] and keys [B, G, T, K] in the memory's key space, and the factor on
+        their scores. A memory that starts the same for every model leaves this as it is.
+        """
 
     def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:
         """Fold what leaves, read, and return the attention output [B, C, H, V] and the new "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memretrofit.modules.memory import AttentionMemory, Block, State
+from memretrofit.modules.memory import AttentionMemory, Block, State, widened
 from memretrofit.ops import chunk_rule
 
 Rule = Literal["gated_delta", "delta", "ssd"]
@@ -36,8 +36,16 @@ class Decay(nn.Module):
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, heads, T] to (g, dt), float32."""
-        step = F.softplus(logits.float() + self.step_bias.float()[:, None])
-        return -self.log_rate.float().exp()[:, None] * step, step
+        step = F.softplus(widened(logits) + widened(self.step_bias)[:, None])
+        return -widened(self.log_rate).exp()[:, None] * step, step
+
+
+class WriteGate(nn.Linear):
+    """Logits of decay and write strength from hidden states of any type: [B, T, E] to [B, T, F]."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """A linear map in the type of its own weights."""
+        return super().forward(hidden.to(self.weight.dtype))
 
 
 class ReadOut(nn.Module):
@@ -56,18 +64,17 @@ class ReadOut(nn.Module):
 
     def forward(self, read: Tensor, hidden: Tensor) -> Tensor:
         """Reads [B, H, C, V] and hidden states [B, C, E] to [B, C, H, V]."""
-        gate = F.silu(self.read_gate(hidden.to(self.read_gate.weight.dtype))).float()[
-            ..., None
-        ]  # [B, C, H, 1]
-        read = read.transpose(1, 2).float()
-        shape, norm_weight = read.shape, self.norm_weight.float()
+        gate = self.read_gate(hidden.to(self.read_gate.weight.dtype))
+        gate = widened(F.silu(gate))[..., None]  # [B, C, H, 1]
+        read = widened(read.transpose(1, 2))
+        shape, norm_weight = read.shape, widened(self.norm_weight)
         if self.joint:
             read = F.rms_norm(
                 (read * gate).flatten(2), (norm_weight.numel(),), norm_weight, EPSILON
             ).view(shape)
         else:
             read = F.rms_norm(read, shape[-1:], norm_weight, EPSILON) * gate
-        return torch.einsum("bchv,hvw->bchw", read, self.out_map.float())
+        return (read.transpose(1, 2) @ widened(self.out_map)).transpose(1, 2)
 
 
 class RecurrentMemory(AttentionMemory):
@@ -91,7 +98,7 @@ class RecurrentMemory(AttentionMemory):
         self.rule, self.key_space, self.state_heads = rule, key_space, num_state_heads
         self.key_dim, self.value_dim = key_dim, value_dim
         gates = 2 if rule == "gated_delta" else 1
-        self.write_features = nn.Linear(hidden_size, gates * num_state_heads, bias=rule == "ssd")
+        self.write_features = WriteGate(hidden_size, gates * num_state_heads, bias=rule == "ssd")
         if rule != "delta":
             self.decay = Decay(num_state_heads, rule)
         self.read_out = ReadOut(hidden_size, num_heads, value_dim, rule)
@@ -100,11 +107,8 @@ class RecurrentMemory(AttentionMemory):
 
     def initial_state(self, batch_size: int, like: Tensor) -> State:
         """S = 0: [B, state heads, K, V]."""
-        return (
-            like.new_zeros(
-                batch_size, self.state_heads, self.key_dim, self.value_dim, dtype=torch.float32
-            ),
-        )
+        shape = (batch_size, self.state_heads, self.key_dim, self.value_dim)
+        return (widened(like.new_zeros(shape)),)
 
     def state_nbytes(self) -> int:
         """Bytes of one row's state."""
@@ -122,16 +126,23 @@ class RecurrentMemory(AttentionMemory):
         local = block.local()
         return local + self.read_out(read, block.hidden).to(local.dtype), (new_state,)
 
+    @torch.no_grad()
+    def calibrate(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Start the learned mean of the keys at their mean."""
+        if hasattr(self, "key_center"):
+            mean = widened(self._per_state_head(key)).mean((0, 2))
+            self.key_center.mean.copy_(mean[:, None])
+
     def _per_state_head(self, x: Tensor) -> Tensor:
         repeats = self.state_heads // x.shape[1]
         return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
 
     def _normalised(self, key: Tensor) -> Tensor:
         key = self.key_center(key) if hasattr(self, "key_center") else key
-        return F.normalize(key.float(), dim=-1, eps=1e-6).to(key.dtype)
+        return F.normalize(widened(key), dim=-1, eps=1e-6).to(key.dtype)
 
     def _normalised_query(self, query: Tensor) -> Tensor:
-        return F.normalize(query.float(), dim=-1, eps=1e-6).to(query.dtype)
+        return F.normalize(widened(query), dim=-1, eps=1e-6).to(query.dtype)
 
     def _gates(self, features: Tensor, writes: Tensor) -> tuple[Tensor | None, Tensor]:
         """(g, beta) [B, heads, C]; both zero where nothing leaves, which leaves the state as it
@@ -139,9 +150,9 @@ class RecurrentMemory(AttentionMemory):
         """
         first, *rest = features.mT.split(self.state_heads, dim=1)
         if self.rule == "delta":
-            return None, first.float().sigmoid() * writes
+            return None, widened(first).sigmoid() * writes
         g, step = self.decay(first)
-        beta = step if self.rule == "ssd" else rest[0].float().sigmoid()
+        beta = step if self.rule == "ssd" else widened(rest[0]).sigmoid()
         return g * writes, beta * writes
 
 

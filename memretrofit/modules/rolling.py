@@ -23,11 +23,14 @@ class RollingBuffer:
         self._storage: Tensor | None = None
         self._start = 0
         self._end = 0
+        self._borrowed = False
 
     @property
     def view(self) -> Tensor | None:
         """The live columns `[..., columns, D]`, or None before the first `append`."""
-        return None if self._storage is None else self._storage[..., self._start : self._end, :]
+        if self._storage is None:
+            return None
+        return self._storage.narrow(-2, self._start, self._end - self._start)
 
     @property
     def nbytes(self) -> int:
@@ -38,6 +41,7 @@ class RollingBuffer:
         """Add columns at the end and return all live columns."""
         if self._storage is None:
             self._hold(new)
+            self._borrowed = True  # the caller may read its tensor again: never write into it
             return new
         count = new.shape[-2]
         differentiable = torch.is_grad_enabled() and (
@@ -48,9 +52,9 @@ class RollingBuffer:
         else:
             if self._end + count > self._storage.shape[-2]:
                 self._repack()
-            self._storage[..., self._end : self._end + count, :] = new
+            self._storage.narrow(-2, self._end, count).copy_(new)
             self._end += count
-        return self.view
+        return self._storage.narrow(-2, self._start, self._end - self._start)
 
     def drop(self, count: int, pinned: Tensor) -> None:
         """Remove the first `count` columns and put `pinned` (at most `count` columns) in front of
@@ -61,8 +65,13 @@ class RollingBuffer:
             self._hold(torch.cat([pinned, self.view[..., count:, :]], dim=-2))
             return
         pinned = pinned.clone()  # it may overlap the columns that it is written to
+        if self._borrowed:
+            self._start += count - width
+            self._repack()
+            self._storage.narrow(-2, self._start, width).copy_(pinned)
+            return
         self._start += count - width
-        self._storage[..., self._start : self._start + width, :] = pinned
+        self._storage.narrow(-2, self._start, width).copy_(pinned)
         live = self._end - self._start
         if self._storage.shape[-2] != live + SPARE_COLUMNS and self._start > SPARE_COLUMNS:
             self._repack()  # after a long prefill: do not keep the whole prompt alive
@@ -77,6 +86,7 @@ class RollingBuffer:
             self._hold(function(self.view))
 
     def _hold(self, storage: Tensor) -> None:
+        self._borrowed = False
         self._storage, self._start, self._end = storage, 0, storage.shape[-2]
 
     def _repack(self) -> None:
@@ -84,4 +94,4 @@ class RollingBuffer:
         *lead, _, width = self._storage.shape
         storage = self._storage.new_empty(*lead, live + SPARE_COLUMNS, width)
         storage[..., :live, :] = self.view
-        self._storage, self._start, self._end = storage, 0, live
+        self._storage, self._start, self._end, self._borrowed = storage, 0, live, False

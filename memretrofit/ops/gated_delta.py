@@ -21,7 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from memretrofit.ops.chunks import Chunks, full_precision, operands
+from memretrofit.ops.chunks import Chunks, Operands, full_precision, operands
 
 
 def recurrent_gated_delta(
@@ -47,7 +47,7 @@ def recurrent_gated_delta(
         for q_t, k_t, v_t, decay_t, beta_t in x.steps():
             state = decay_t * state
             error = v_t - k_t.mT @ state
-            state = state + k_t * (beta_t * error)
+            state = torch.addcmul(state, k_t, beta_t * error)
             reads.append(q_t @ state)
         return x.heads(reads), state
 
@@ -76,16 +76,28 @@ def chunk_gated_delta(
     Raises:
         ValueError: as `recurrent_gated_delta`; or `chunk_size` < 1.
     """
-    if k.shape[2] <= 1:
+    if k.shape[2] == 0:
         return recurrent_gated_delta(q, k, v, g, beta, scale=scale, initial_state=initial_state)
     with full_precision(q):
         x = operands(q, k, v, g, beta, scale, initial_state)
+        if k.shape[2] == 1:
+            return _step(x)
         state, outputs = x.state, list[Tensor]()
         for chunks in x.blocks(chunk_size):
             fresh, stale = _solve(chunks)
             states, state = _walk(chunks, fresh, stale, state)
             outputs.append(chunks.read(states, fresh - stale @ states))
         return torch.cat(outputs, 2), state
+
+
+def _step(x: Operands) -> tuple[Tensor, Tensor]:
+    """One position: the lines of the definition without a walk, for decoding."""
+    state = x.state if x.g is None else x.g.exp()[..., None] * x.state
+    error = x.v - x.k @ state
+    if x.beta is not None:
+        error = x.beta[..., None] * error
+    state = torch.addcmul(state, x.k.mT, error)
+    return (x.q.flatten(2, 3) @ state).flatten(1, 2)[:, :, None], state
 
 
 def _solve(chunks: Chunks) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,8 @@ class Seam:
         hidden = kwargs.get("hidden_states", args[0] if args else None)
         cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
         layer = None if cache is None else upgrade(cache, self.layer_idx, self.memory, self.owner)
+        if layer is not None:
+            layer.attending = True
         call = AttentionCall(self, hidden, layer, kwargs.get("position_embeddings"))
         call.token = _current.set(call)
 
@@ -59,6 +61,8 @@ class Seam:
         call = _current.get()
         if call is not None and call.seam is self and call.token is not None:
             _current.reset(call.token)
+            if call.layer is not None:
+                call.layer.attending = False
 
 
 @dataclass(eq=False)
@@ -88,6 +92,19 @@ class AttentionCall:
         from memretrofit.patching.windowed import windowed_attention
 
         return windowed_attention(self)
+
+    def near(self) -> Tensor:
+        """The base model's own attention over sinks and window alone: [B, q, H, V]."""
+        from memretrofit.patching.windowed import near_attention
+
+        return near_attention(self)
+
+    def calibrate(self) -> None:
+        """Let the memory start from this call's queries and keys."""
+        from memretrofit.patching.windowed import state_inputs
+
+        query, key = state_inputs(self)
+        self.seam.memory.calibrate(query, key, self.kwargs.get("scaling") or key.shape[-1] ** -0.5)
 
 
 _current: ContextVar[AttentionCall | None] = ContextVar("memretrofit_call", default=None)

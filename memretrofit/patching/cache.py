@@ -7,6 +7,7 @@ sequence length, so that positions and masks stay those of the base model, and k
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class MemoryLayer(DynamicLayer):
         self.sliding_window = sliding_window
         self.num_sink_tokens = num_sink_tokens
         self.record_past = False
+        self.attending = False
+        """Whether the module that calls `update` is the patched one, with its memory on."""
         self._clear()
 
     def _clear(self) -> None:
@@ -54,6 +57,12 @@ class MemoryLayer(DynamicLayer):
         """Append the new tokens and return all kept ones; trimming waits until attention has
         folded what leaves.
         """
+        if not self.attending:
+            raise StateError(
+                "This cache holds a memory, and base attention cannot read it (the memory is "
+                "disabled or the model is no longer patched). Start with a fresh cache: "
+                "past_key_values=None."
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.seen += key_states.shape[-2]
@@ -86,21 +95,25 @@ class MemoryLayer(DynamicLayer):
             StateError: a token that must come back into the window was already folded into the
             state.
         """
+        self.check_crop(tokens_to_remove)
         count = abs(tokens_to_remove)
-        remaining = self.seen - count
-        if count and self.folded > max(0, remaining - self.sliding_window):
+        if count and self.is_initialized:
+            for stream in self.streams.values():
+                if stream.view is not None:
+                    stream.crop(count)
+            self.keys, self.values = self.streams["key"].view, self.streams["value"].view
+        self.seen = self.confirmed = self.seen - count
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise the `StateError` that `crop` would raise, and change nothing."""
+        count = abs(tokens_to_remove)
+        if count and self.folded > max(0, self.seen - count - self.sliding_window):
             raise StateError(
                 f"crop({tokens_to_remove}) on a cache of {self.seen} tokens: {self.folded} tokens "
                 "have left the window and "
                 "folding cannot be undone. Call cache.activate_past_recording() before the "
                 "forward that may be cropped."
             )
-        if count and self.is_initialized:
-            for stream in self.streams.values():
-                if stream.view is not None:
-                    stream.crop(count)
-            self.keys, self.values = self.streams["key"].view, self.streams["value"].view
-        self.seen = self.confirmed = remaining
 
     def reset(self) -> None:
         """Forget everything and keep the object."""
@@ -139,22 +152,25 @@ class MemoryLayer(DynamicLayer):
         if folded <= max(sinks, self.first):
             return
         count = self.pinned + folded - self.first
-        index = self._sink_columns(ranks, count)
+        index = None if ranks is None else self._sink_columns(ranks, count)
         for stream in self.streams.values():
             columns = stream.view
             if columns is not None:
-                stream.drop(count, gather_columns(columns[..., :count, :], index))
+                # without padding the sinks are the first columns: no gather per step
+                held = (
+                    columns.narrow(-2, 0, sinks)
+                    if index is None
+                    else gather_columns(columns.narrow(-2, 0, count), index)
+                )
+                stream.drop(count, held)
         self.first, self.pinned = folded, sinks
         self.keys, self.values = self.streams["key"].view, self.streams["value"].view
 
-    def _sink_columns(self, ranks: Tensor | None, count: int) -> Tensor:
-        """[N] or [B, N] columns, among the first `count`, that hold the sinks (0 where a row has
-        none there yet).
+    def _sink_columns(self, ranks: Tensor, count: int) -> Tensor:
+        """[B, N] columns, among the first `count`, that hold the sinks (0 where a row has none
+        there yet).
         """
-        device = self.streams["key"].view.device  # type: ignore[union-attr]
-        wanted = torch.arange(self.num_sink_tokens, device=device)
-        if ranks is None:
-            return wanted
+        wanted = torch.arange(self.num_sink_tokens, device=ranks.device)
         kept = self.column_ranks(ranks)[:, None, :count]
         return (kept == wanted[None, :, None]).int().argmax(-1)
 
@@ -173,9 +189,7 @@ class MemoryLayer(DynamicLayer):
 
 
 def gather_columns(columns: Tensor, index: Tensor) -> Tensor:
-    """Columns [..., L, D] at `index` [N], or at a row's own index [B, N]."""
-    if index.ndim == 1:
-        return columns[..., index, :]
+    """Columns [B, ..., L, D] at each row's own index [B, N]."""
     lead = columns.shape[1:-2]
     index = index.reshape(index.shape[0], *(1,) * len(lead), index.shape[1], 1)
     return columns.gather(-2, index.expand(-1, *lead, -1, columns.shape[-1]))
@@ -228,4 +242,13 @@ def upgrade(cache: Cache, layer_idx: int, memory: AttentionMemory, owner: str) -
         )
     fresh = MemoryLayer(owner, memory.sliding_window, memory.num_sink_tokens)
     cache.layers[layer_idx] = fresh
+    cache.crop = functools.partial(_crop_all, cache)  # type: ignore[method-assign]
     return fresh
+
+
+def _crop_all(cache: Cache, tokens_to_remove: int) -> None:
+    """`Cache.crop`, all layers or none."""
+    for layer in cache.layers:
+        if isinstance(layer, MemoryLayer):
+            layer.check_crop(tokens_to_remove)
+    type(cache).crop(cache, tokens_to_remove)

@@ -66,6 +66,8 @@ def rebuild_base_mask(
     padding.
     """
     q_length, kv_length = query.shape[2], key.shape[2]
+    if mask is None and q_length in (1, kv_length) and base_implementation(config) == "sdpa":
+        return None  # what `sdpa_mask` answers here, asked once per layer and token
     return _base_mask(config)(
         batch_size=query.shape[0],
         q_length=q_length,

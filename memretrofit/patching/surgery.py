@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -56,8 +57,8 @@ def patch_attention(
             f"This {type(model).__name__} is patched already ({getattr(model, ATTRIBUTE).config}). "
             "Call memretrofit.unpatch(model) first; one model carries one attention memory."
         )
-    _check_window(model, config)
     sites = find_attention_sites(model)
+    _check_window(model, config)
     chosen = _choose(model, sites, config.layers_to_transform)
     ledger = Ledger(config, sites=sites)
     memories = [(site, make_memory(site)) for site in chosen]  # may raise: nothing is attached yet
@@ -67,7 +68,10 @@ def patch_attention(
     for site, memory in memories:
         weight = next(site.module.parameters())
         seam = Seam(memory, ledger.controls, owner, site.layer_idx, find_rotary(model, site.module))
-        site.module.memory = memory.to(weight.device).train(site.module.training)
+        memory = memory.to(weight.device).train(site.module.training)
+        if weight.dtype is torch.float64:
+            memory.double()
+        site.module.memory = memory
         ledger.seams[site.name] = seam
         ledger.handles += [
             site.module.register_forward_pre_hook(seam.before, with_kwargs=True),
@@ -87,6 +91,8 @@ def detach(model: PreTrainedModel) -> None:
     Raises:
         StateError: the model is not patched.
     """
+    if hasattr(model, "get_base_model"):  # a PEFT model: the patch is on the model inside it
+        model = model.get_base_model()  # type: ignore[operator]
     ledger = getattr(model, ATTRIBUTE, None)
     if ledger is None:
         raise StateError(f"This {type(model).__name__} is not patched; there is nothing to undo.")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memretrofit.errors import UnsupportedModelError
+from memretrofit.errors import StateError, UnsupportedModelError
 from memretrofit.modules.memory import Block
 from memretrofit.ops.attend import attend
 from memretrofit.ops.window import window_mask
@@ -69,10 +69,8 @@ def windowed_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         backlog = max(0, start - columns.window)
         if backlog > settled:
             _, state = memory(columns.block(0, 0, settled, backlog), state)
-    size = min(max(columns.window, MIN_BLOCK), MAX_BLOCK)
     outputs = []
-    for low in range(0, columns.new, size):
-        high = min(low + size, columns.new)
+    for low, high in columns.blocks():
         leaving = start + low - columns.window
         output, state = memory(columns.block(low, high, leaving, leaving + high - low), state)
         outputs.append(output)
@@ -82,6 +80,20 @@ def windowed_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         else:
             layer.commit(state, max(0, columns.total - columns.window), columns.ranks)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
+
+
+def near_attention(call: AttentionCall) -> Tensor:
+    """Base attention of `call` over sinks and window alone, whatever the memory holds."""
+    columns = _Columns(call)
+    outputs = [columns.local(low, high) for low, high in columns.blocks()]
+    return torch.cat(outputs, dim=1)
+
+
+def state_inputs(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Queries and keys of `call` in the memory's key space, as the state would meet them."""
+    columns = _Columns(call)
+    columns.keep_unrotated()
+    return columns.read_query, columns.leaving_key
 
 
 @dataclass(eq=False)
@@ -98,8 +110,18 @@ class _Columns:
         self.first = 0 if self.layer is None else self.layer.first
         self.pinned = 0 if self.layer is None else self.layer.pinned
         self.window, self.sinks = memory.sliding_window, memory.num_sink_tokens
-        if self.layer is None and call.seam.controls.window is not None:
+        if call.seam.controls.window is not None:
             self.window, self.sinks = call.seam.controls.window
+            if self.layer is not None:
+                raise StateError(
+                    "window_override changes forwards without a cache; this one has a cache, "
+                    "which is as large as the patch made it. Pass use_cache=False."
+                )
+        if call.seam.controls.shuffled and (call.query.shape[0] < 2 or call.mask is not None):
+            raise StateError(
+                f"state_shuffled swaps the states of whole rows; found {call.query.shape[0]} rows"
+                f"{'' if call.mask is None else ' with padding'}. Pass at least two rows, unpadded."
+            )
         self.features: Tensor | None = None
         self.leaving_key = call.key
         self.read_query = call.query
@@ -127,6 +149,11 @@ class _Columns:
         """[B, N] columns of each row's own sinks; meaningful where the row has that many tokens."""
         wanted = torch.arange(self.sinks, device=self.call.query.device)
         return (self.column_ranks[:, None, :] == wanted[None, :, None]).int().argmax(-1)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """The new tokens in blocks of queries, first and last + 1 of each."""
+        size = min(max(self.window, MIN_BLOCK), MAX_BLOCK)
+        return [(low, min(low + size, self.new)) for low in range(0, self.new, size)]
 
     def keep_features(self) -> None:
         """Compute what must be known of a token when it leaves, while its hidden state is at
@@ -177,7 +204,7 @@ class _Columns:
         return Block(
             query=self.read_query[:, :, low:high] if reads else None,
             hidden=call.hidden[:, low:high] if reads else None,
-            local=lambda: self._local(low, high),
+            local=lambda: self.local(low, high),
             attend=lambda: self._attend(low, high),
             leaving_key=cut(self.leaving_key),
             leaving_value=cut(call.value),
@@ -232,19 +259,37 @@ class _Columns:
         queries = torch.arange(begin + low, begin + high, device=slots.device)
         return window_mask(queries, slots, self.window, self.sinks, ranks)
 
-    def _local(self, low: int, high: int) -> Tensor:
+    def local(self, low: int, high: int) -> Tensor:
+        """Base attention of queries `low` to `high` over sinks and window: [B, C, H, V]."""
         from memretrofit.patching.attention import base_function
 
         call = self.call
         function, implementation = base_function(call.module)
         query = call.query[:, :, low:high]
-        key, value, slots, ranks = self._near(low, high)
-        if call.seam.memory.positions == "slot":
-            query, key = self._by_slot(query, key, low, high, slots if ranks is None else ranks)
-        mask = None
-        if not (high - low == 1 and ranks is None and key.shape[2] <= self.window + self.sinks):
-            mask = as_base_mask(self._visible(low, high, slots, ranks), query.dtype, implementation)
+        by_slot = call.seam.memory.positions == "slot"
+        if self.new == 1 and self.ranks is None and not by_slot:
+            key, value, visible = call.key, call.value, self._all_but_left()
+        else:
+            key, value, slots, ranks = self._near(low, high)
+            if by_slot:
+                query, key = self._by_slot(query, key, low, high, slots if ranks is None else ranks)
+            visible = self._visible(low, high, slots, ranks)
+        mask = None if visible is None else as_base_mask(visible, query.dtype, implementation)
         return function(call.module, query, key, value, attention_mask=mask, **call.kwargs)[0]
+
+    def _all_but_left(self) -> Tensor | None:
+        """[1, 1, 1, columns] what one last query sees: every column but those that left the window.
+
+        A mask, because a copy of the window without the one leaving column costs a decoding step
+        more than its attention does.
+        """
+        columns, head = self.call.key.shape[2], self.pinned or self.sinks
+        left = min(columns, self.window)
+        if columns - left <= head:
+            return None
+        visible = torch.ones(1, 1, 1, columns, dtype=torch.bool, device=self.call.key.device)
+        visible.narrow(-1, head, columns - left - head).fill_(False)
+        return visible
 
     def _attend(self, low: int, high: int) -> tuple[Tensor, Tensor]:
         call = self.call

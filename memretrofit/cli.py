@@ -1,0 +1,222 @@
+"""`memretrofit methods | describe | train | eval | generate | card | push`.
+
+Every command imports what it needs when it runs, so that `--help` answers at once. An error that
+memretrofit raises on purpose prints as its message, without a traceback, and exits with status 2.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from memretrofit.errors import ConfigError, MemretrofitError
+
+Directory = Annotated[
+    Path, typer.Argument(help="Folder that save_pretrained or train wrote.", show_default=False)
+]
+
+
+class _Group(TyperGroup):
+    """Turns our own errors into a message and status 2; any other is a bug and keeps its trace."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MemretrofitError as error:
+            # No markup: messages quote values in brackets.
+            Console(stderr=True, soft_wrap=True).print(
+                f"{type(error).__name__}: {error}", markup=False, highlight=False
+            )
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Give a pretrained Transformers model a memory.",
+)
+
+
+@app.command()
+def methods(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A JSON list instead of a table.")
+    ] = False,
+) -> None:
+    """List the methods and their presets."""
+    from memretrofit.methods import available_methods
+
+    found = available_methods().values()
+    if as_json:
+        rows = [
+            {
+                "name": info.name,
+                "family": info.family,
+                "paper": info.paper,
+                "summary": info.summary,
+                "presets": {name: preset.to_dict() for name, preset in info.presets.items()},
+                "config": info.config_class.__name__,
+            }
+            for info in found
+        ]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table("method", "family", "paper", "presets", "summary")
+    for info in found:
+        table.add_row(info.name, info.family, info.paper, ", ".join(info.presets), info.summary)
+    Console().print(table)
+
+
+@app.command()
+def describe(
+    directory: Annotated[
+        Path | None, typer.Argument(help="Folder of a patched model.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Hub id, folder or package: of a base model, instead of DIRECTORY."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="With --base: the method to try on it.")] = "ahn",
+    preset: Annotated[
+        str | None, typer.Option(help="With --base: a preset of that method.", show_default=False)
+    ] = None,
+) -> None:
+    """Show layers, added parameters and cache bytes of a patched model.
+
+    With --base, of what a patch would give: only the base model's config is read, no weights.
+    """
+    from memretrofit.retrofit import describe, patch
+
+    if (directory is None) == (base is None):
+        raise ConfigError("describe: give either DIRECTORY or --base MODEL")
+    if directory is not None:
+        from memretrofit.hub import from_pretrained
+
+        model = from_pretrained(directory)
+    else:
+        config = _preset(method, preset)
+        model = patch(_without_weights(str(base)), config)
+    Console(soft_wrap=True).print(describe(model), markup=False, highlight=False)
+
+
+def _without_weights(base: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from memretrofit.training.base import load_base_config
+
+    config = load_base_config(base)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _preset(method: str, preset: str | None) -> Any:
+    from memretrofit.errors import did_you_mean
+    from memretrofit.methods import get_method
+
+    info = get_method(method)
+    if preset is None:
+        return info.config_class()
+    if preset not in info.presets:
+        hint = did_you_mean(preset, info.presets)
+        raise ConfigError(f"unknown preset {preset!r} of {method}; {hint}")
+    return info.presets[preset]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; see recipes/.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="E.g. train.max_steps=50", show_default=False
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/train"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from its last checkpoint.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Two steps on a tiny random model, on the CPU.")
+    ] = False,
+) -> None:
+    """Train what a recipe says, and save it with the resolved recipe."""
+    from memretrofit.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    # After the recipe: a mistake in it should not wait for the imports.
+    from memretrofit.training import train
+
+    train(resolved, output, resume=resume, dry_run=dry_run)
+
+
+@app.command("eval")
+def evaluate(
+    directory: Directory,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Recipe whose data and evaluate sections to use; default: the run's own."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the report goes; default: DIRECTORY/report.json.")
+    ] = None,
+) -> None:
+    """Measure a trained model beside its controls, and write the report."""
+    from memretrofit.recipe import load_recipe
+
+    resolved = load_recipe(recipe if recipe is not None else directory / "recipe.yaml")
+    from memretrofit.evaluation import evaluate
+
+    evaluate(directory, resolved, output if output is not None else directory / "report.json")
+
+
+@app.command()
+def generate(
+    directory: Directory,
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Continue a text, greedily."""
+    from memretrofit.hub import check_tokenizer, from_pretrained, load_tokenizer, read_record
+
+    base = read_record(directory).base
+    model = from_pretrained(directory)
+    tokenizer = load_tokenizer(base.model, revision=base.revision, gguf_file=base.gguf_file)
+    check_tokenizer(tokenizer, base)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    typer.echo(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+@app.command()
+def card(directory: Directory) -> None:
+    """Render the model card again, from config, recipe and report."""
+    from memretrofit.hub import write_card
+
+    typer.echo(str(write_card(directory)))
+
+
+@app.command()
+def push(
+    directory: Directory,
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private/--public")] = True,
+) -> None:
+    """Publish a saved model: memory, adapter and card; never the base weights."""
+    from memretrofit.hub import from_pretrained, push_to_hub
+
+    typer.echo(push_to_hub(from_pretrained(directory), repo, private=private))
+
+
+def main() -> None:
+    """The console script."""
+    app()

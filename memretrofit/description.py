@@ -1,0 +1,266 @@
+"""What a patch added to a model, layer by layer, and what a cache costs before and after.
+
+Cache bytes are those of one row after one forward pass of T tokens, in the model's own dtype::
+
+    full attention     b T                                                          grows
+    native window w    b min(T, w - 1)                                              bounded
+    patched            b' min(T, N + W + SPARE_COLUMNS)  +  state once T > N + W    bounded
+
+b and b' (bytes of one token in one layer, b' with the features and second keys that a memory keeps)
+are measured, not derived: caches of latents (MLA) and of mixed layers hold other shapes than
+attention sees.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from memretrofit.errors import StateError
+from memretrofit.modules.memory import AttentionMemory
+from memretrofit.modules.rolling import SPARE_COLUMNS
+from memretrofit.patching.cache import MemoryLayer
+from memretrofit.patching.controls import ATTRIBUTE, memory_disabled
+from memretrofit.patching.sites import AttentionSite
+from memretrofit.patching.surgery import Ledger
+
+LENGTHS = (1024, 8192, 32768, 131072)
+"""Tokens at which `render` states the bytes of a cache."""
+PROBE_LENGTHS = (2, 3)
+"""Tokens read to measure bytes per token; the difference of the two separates what grows."""
+WIDTH = 110
+"""Columns of the printed table."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The Transformers model inside a PEFT model; any other model as it is."""
+    inner: Any = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base model's own parameters, under the names that they have without memory and PEFT.
+
+    Tied parameters come once.
+    """
+    inner = unwrapped(model)
+    ledger = getattr(inner, ATTRIBUTE, None)
+    memories = set() if ledger is None else {seam.memory for seam in ledger.seams.values()}
+    seen: set[nn.Parameter] = set()
+
+    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
+        while (original := _peft_original(module)) is not None:
+            module = original
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in seen:
+                seen.add(parameter)
+                yield prefix + name, parameter
+        for name, child in module.named_children():
+            if child not in memories:
+                yield from walk(child, f"{prefix}{name}.")
+
+    yield from walk(inner, "")
+
+
+def _peft_original(module: nn.Module) -> nn.Module | None:
+    """The module that a PEFT layer stands for."""
+    if "peft" not in sys.modules:  # then nothing was wrapped, and importing it costs seconds
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if isinstance(module, BaseTunerLayer):
+        return cast("nn.Module", module.base_layer)
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else None
+
+
+@dataclass(frozen=True)
+class _LayerCost:
+    """Bytes of a cache layer: fixed + per_token min(T, most), + state and spare when T > most."""
+
+    per_token: int
+    most: int | None = None
+    fixed: int = 0
+    state: int = 0
+    spare: int = 0
+
+    def at(self, tokens: int) -> int:
+        """Bytes after `tokens` tokens."""
+        if self.most is None or tokens <= self.most:
+            return self.fixed + self.per_token * tokens
+        return self.fixed + self.per_token * (self.most + self.spare) + self.state
+
+
+def cache_bytes_at(model: nn.Module, tokens: int) -> tuple[int, int]:
+    """Bytes of one row's cache after one forward of `tokens` tokens, without and with the memory.
+
+    Runs the model on two and on three tokens, both ways. A conversation that goes on keeps up to
+    `SPARE_COLUMNS` more columns in a patched layer while the window fills; once it is full the
+    number is exact however it was filled.
+
+    Raises:
+        StateError: the model is not patched.
+    """
+    before, after = _costs(model)
+    return sum(cost.at(tokens) for cost in before), sum(cost.at(tokens) for cost in after)
+
+
+def _costs(model: nn.Module) -> tuple[list[_LayerCost], list[_LayerCost]]:
+    inner: Any = unwrapped(model)
+    ledger: Ledger | None = getattr(inner, ATTRIBUTE, None)
+    if ledger is None:
+        raise StateError(
+            f"This {type(model).__name__} is not patched. Call memretrofit.patch(model, config) "
+            "first."
+        )
+    memories = {seam.layer_idx: seam.memory for seam in ledger.seams.values()}
+    with _evaluating(inner):
+        with memory_disabled(inner):
+            base = [_layers(inner, count) for count in PROBE_LENGTHS]
+        patched = [_layers(inner, count) for count in PROBE_LENGTHS]
+    before = [_base_cost(short, long) for short, long in zip(*base, strict=True)]
+    after = [
+        _memory_cost(long, memories[index])
+        if isinstance(long, MemoryLayer)
+        else _base_cost(short, long)
+        for index, (short, long) in enumerate(zip(*patched, strict=True))
+    ]
+    return before, after
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout, no gradients, a cache also under checkpointing; each module's mode comes back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _layers(model: Any, count: int) -> list[Any]:
+    ids = torch.zeros(1, count, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    return list(model(input_ids=ids, use_cache=True).past_key_values.layers)
+
+
+def _base_cost(short: Any, long: Any) -> _LayerCost:
+    low, high = (sum(x.nbytes for x in _tensors(vars(layer))) for layer in (short, long))
+    per_token = (high - low) // (PROBE_LENGTHS[1] - PROBE_LENGTHS[0])
+    most = long.sliding_window - 1 if getattr(long, "is_sliding", False) else None
+    return _LayerCost(per_token, most, fixed=low - per_token * PROBE_LENGTHS[0])
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    if isinstance(held, Tensor):
+        if held.ndim:  # scalars are counters
+            yield held
+    elif isinstance(held, Mapping):
+        for item in held.values():
+            yield from _tensors(item)
+    elif isinstance(held, (list, tuple)):
+        for item in held:
+            yield from _tensors(item)
+
+
+def _memory_cost(layer: MemoryLayer, memory: AttentionMemory) -> _LayerCost:
+    columns = [stream.view for stream in layer.streams.values() if stream.view is not None]
+    return _LayerCost(
+        per_token=sum(x.nbytes // x.shape[-2] for x in columns),
+        most=layer.num_sink_tokens + layer.sliding_window,
+        state=memory.state_nbytes(),
+        spare=SPARE_COLUMNS,
+    )
+
+
+def render(model: nn.Module, ledger: Ledger) -> str:
+    """A table of layers, one of cache bytes, and the totals, as plain text."""
+    inner: Any = unwrapped(model)
+    console = Console(
+        file=io.StringIO(), width=WIDTH, color_system=None, highlight=False, markup=False
+    )
+    console.print(f"{type(inner).__name__} + {ledger.config}", soft_wrap=True)
+    console.print(_layer_table(ledger))
+    added = sum(p.numel() for seam in ledger.seams.values() for p in seam.memory.parameters())
+    base = sum(p.numel() for _, p in base_parameters(inner))
+    share = (
+        f"{100 * added / base:.2f}% of the base model's {base:,}"
+        if base
+        else "the base model has none"
+    )
+    console.print(f"added parameters: {added:,} ({share})", soft_wrap=True)
+    console.print(_cache_table(*_costs(inner)))
+    dtype = str(inner.dtype).removeprefix("torch.")
+    console.print(
+        f"cache of one row in {dtype}, after one forward pass of so many tokens", soft_wrap=True
+    )
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in lines).strip("\n")
+
+
+def _layer_table(ledger: Ledger) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False)
+    for name, justify in (
+        ("layers", "left"), ("module", "left"), ("memory", "left"), ("added", "right"),
+        ("heads", "right"), ("K/V heads", "right"), ("head dims", "right"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    rows = [
+        (site.layer_idx, _row(site, ledger))
+        for site in sorted(ledger.sites, key=lambda s: s.layer_idx)
+    ]
+    # equal rows make one line as long as their layers follow each other
+    for _, group in groupby(enumerate(rows), key=lambda item: (item[1][0] - item[0], item[1][1])):
+        members = [row for _, row in group]
+        first, last = members[0][0], members[-1][0]
+        table.add_row(str(first) if first == last else f"{first}-{last}", *members[0][1])
+    return table
+
+
+def _row(site: AttentionSite, ledger: Ledger) -> tuple[str, ...]:
+    seam = ledger.seams.get(site.name)
+    if seam is not None:
+        what = ledger.config.method
+        added = f"{sum(p.numel() for p in seam.memory.parameters()):,}"
+    else:
+        what = f"none: {site.reason or 'not in layers_to_transform'}"
+        added = "0"
+    # the layer's own number varies, the rest of the path does not
+    path = ".".join("*" if part == str(site.layer_idx) else part for part in site.name.split("."))
+    dims = (
+        f"{site.key_dim}" if site.key_dim == site.value_dim else f"{site.key_dim}/{site.value_dim}"
+    )
+    return path, what, added, str(site.num_heads), str(site.num_key_value_heads), dims
+
+
+def _cache_table(before: list[_LayerCost], after: list[_LayerCost]) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False)
+    for name in ("cache at tokens", "before", "after", "after/before"):
+        table.add_column(name, justify="right")
+    for tokens in LENGTHS:
+        base, patched = (sum(cost.at(tokens) for cost in costs) for costs in (before, after))
+        share = f"{100 * patched / base:.1f}%" if base else "n/a"
+        table.add_row(f"{tokens // 1024}k", _bytes(base), _bytes(patched), share)
+    return table
+
+
+def _bytes(count: int) -> str:
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"

@@ -1,0 +1,191 @@
+"""Measure a patched model on text that it was not trained on, and write down all of it.
+
+Four texts: what was held out of the training sources, and sources that training never saw; each as
+plain rows, and as rows in which a passage returns beyond the window. Six arms (`arms_of`). The
+headline is the memory gain: what is lost when each row reads another row's state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memretrofit.data import Document, RowDataset, load_documents, split_documents
+from memretrofit.description import cache_bytes_at
+from memretrofit.evaluation.arms import Arm, arms_of, fresh_values
+from memretrofit.evaluation.cost import decode_ms_per_token
+from memretrofit.evaluation.likelihood import Scores, compare_arms
+from memretrofit.evaluation.plots import plot_cache_bytes, plot_nll_by_position
+from memretrofit.evaluation.statistics import summarise
+from memretrofit.patching.controls import memory_disabled, window_override
+from memretrofit.recipe import Recipe
+from memretrofit.retrofit import memory_parameters, patched_config
+
+CACHE_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+COST_TOKENS = 8
+
+
+def held_out_rows(recipe: Recipe, tokenizer: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rows [R, T] and the start of the returning passage [R] (T where none does), for each text."""
+    section = recipe.evaluate
+    length = section.sequence_length or recipe.train.sequence_length
+    trained = [d for source in recipe.data.sources for d in load_documents(source)]
+    _, held_out = split_documents(trained, recipe.data.held_out, recipe.train.seed)
+    other = [d for source in recipe.data.held_out_sources for d in load_documents(source)]
+    texts: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, documents in (("held-out", held_out), ("other domain", other)):
+        for suffix, share in (("", 0.0), (", passage repeated", 1.0)):
+            if documents:
+                texts[name + suffix] = _rows(documents, tokenizer, length, share, recipe)
+    return texts
+
+
+def _rows(
+    documents: Sequence[Document], tokenizer: Any, length: int, share: float, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    section = recipe.evaluate
+    rows = RowDataset(documents, tokenizer, length, share, section.seed, size=section.rows)
+    return rows.rows()
+
+
+def measure(
+    model: Any,
+    texts: dict[str, tuple[Tensor, Tensor]],
+    recipe: Recipe,
+    *,
+    arms: Sequence[str] | None = None,
+) -> tuple[dict[str, Any], dict[str, dict[str, Scores]]]:
+    """Results as `render_card` takes them, and the scores behind them.
+
+    Args:
+        model: patched and trained.
+        texts: what `held_out_rows` gives.
+        recipe: its `evaluate` section says how; its `train.seed` gives the untrained arm.
+        arms: names of the arms to run; default all six. KL needs `full`.
+    """
+    section, config = recipe.evaluate, patched_config(model)
+    exact = config.sliding_window + config.num_sink_tokens  # type: ignore[attr-defined]
+    every = arms_of(model, fresh_values(model, recipe.train.seed))
+    chosen = {name: every[name] for name in (arms or every)}
+    teacher = chosen.get("full")
+    scores: dict[str, dict[str, Scores]] = {}
+    results: dict[str, Any] = {"texts": {}}
+    for text, (rows, repeat_start) in texts.items():
+        scores[text] = compare_arms(
+            model,
+            rows,
+            chosen,
+            teacher=teacher,
+            first_position=exact,
+            batch_size=section.batch_size,
+        )
+        repeats = bool((repeat_start < rows.shape[1]).all())
+        results["texts"][text] = summarise(
+            scores[text],
+            first_position=repeat_start if repeats else exact,
+            samples=section.bootstrap_samples,
+            seed=section.seed,
+        ).to_dict()
+    if section.windows:
+        results["windows"] = _other_windows(model, texts, recipe, every)
+    return results, scores
+
+
+def _other_windows(model: Any, texts: Any, recipe: Recipe, arms: dict[str, Arm]) -> dict[str, Any]:
+    """The plain held-out text again, at windows that are not the method's own."""
+    section = recipe.evaluate
+    sinks = patched_config(model).num_sink_tokens  # type: ignore[attr-defined]
+    text, (rows, _) = next(iter(texts.items()))
+    found: dict[str, Any] = {"text": text}
+    some = {name: arms[name] for name in ("full", "window", "trained", "shuffled")}
+    for window in section.windows:
+        with window_override(model, sliding_window=window, num_sink_tokens=sinks):
+            scores = compare_arms(
+                model,
+                rows,
+                some,
+                teacher=None,
+                first_position=window + sinks,
+                batch_size=section.batch_size,
+            )
+        found[str(window)] = summarise(
+            scores,
+            first_position=window + sinks,
+            samples=section.bootstrap_samples,
+            seed=section.seed,
+        ).to_dict()
+    return found
+
+
+def measure_cost(model: Any, ids: Tensor) -> tuple[dict[str, Any], int]:
+    """Cache bytes and decode milliseconds of base and patched model, after reading ids [1, T]."""
+    before, after = cache_bytes_at(model, ids.shape[1])
+    patched = decode_ms_per_token(model, ids, COST_TOKENS)
+    with memory_disabled(model):
+        base = decode_ms_per_token(model, ids, COST_TOKENS)
+    return {
+        "full": {"cache_bytes": before, "ms_per_token": base},
+        "trained": {"cache_bytes": after, "ms_per_token": patched},
+    }, ids.shape[1]
+
+
+def write_report(
+    model: Any, directory: Path, results: dict[str, Any], scores: dict[str, dict[str, Scores]]
+) -> None:
+    """`report.json`, `nll.png` and `cache.png` in `directory`."""
+    config = patched_config(model)
+    window: int = config.sliding_window + config.num_sink_tokens  # type: ignore[attr-defined]
+    bytes_at = [cache_bytes_at(model, tokens) for tokens in CACHE_LENGTHS]
+    results["cache_bytes"] = {
+        "tokens": list(CACHE_LENGTHS),
+        "full": [before for before, _ in bytes_at],
+        "patched": [after for _, after in bytes_at],
+    }
+    text = next(iter(scores))
+    plot_nll_by_position(scores[text], directory / "nll.png", window, title=f"{text} text")
+    plot_cache_bytes(
+        CACHE_LENGTHS,
+        {"full": results["cache_bytes"]["full"], "trained": results["cache_bytes"]["patched"]},
+        directory / "cache.png",
+    )
+    write_json(directory / "report.json", results)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON so that a kill leaves the old file or the new one."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def evaluate(directory: Path, recipe: Recipe, output: Path | None = None) -> dict[str, Any]:
+    """Measure the model saved in `directory` by the data and evaluate sections of `recipe`.
+
+    Writes the report beside `output` (default: into `directory`), and when that is the model's own
+    folder also saves the model again, so that its card carries the results.
+
+    Raises:
+        CheckpointError: the folder holds no usable memory. ConfigError: the text is missing.
+    """
+    from memretrofit.hub import from_pretrained, load_tokenizer, read_record, save_pretrained
+
+    folder = directory if output is None else output.parent
+    base = read_record(directory).base
+    model = from_pretrained(directory).eval()
+    tokenizer = load_tokenizer(base.model, revision=base.revision, gguf_file=base.gguf_file)
+    texts = held_out_rows(recipe, tokenizer)
+    with torch.no_grad():
+        results, scores = measure(model, texts, recipe)
+        rows = next(iter(texts.values()))[0]
+        results["cost"], results["cost_tokens"] = measure_cost(model, rows[:1])
+    write_report(model, folder, results, scores)
+    results["trained_parameters"] = sum(p.numel() for p in memory_parameters(model).values())
+    if folder.resolve() == directory.resolve():
+        save_pretrained(model, directory, recipe=recipe.to_dict(), results=results)
+    return results

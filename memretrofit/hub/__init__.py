@@ -1,0 +1,28 @@
+"""Save a memory, load it onto its base model, publish it.
+
+A saved memory is a folder (or a Hub repository) with `memory_config.json`, which names the method,
+the base model, and every other file by its hash; `memory.safetensors`; a PEFT adapter where the
+model had one; and a model card. The base model's weights are never in it.
+"""
+
+from memretrofit.hub.base import load_base, load_tokenizer
+from memretrofit.hub.fingerprint import check_tokenizer, tokenizer_fingerprint, weight_fingerprint
+from memretrofit.hub.loading import from_pretrained
+from memretrofit.hub.record import BaseRecord, Record, read_record
+from memretrofit.hub.remote import push_to_hub
+from memretrofit.hub.saving import save_pretrained, write_card
+
+__all__ = [
+    "BaseRecord",
+    "Record",
+    "check_tokenizer",
+    "from_pretrained",
+    "load_base",
+    "load_tokenizer",
+    "push_to_hub",
+    "read_record",
+    "save_pretrained",
+    "tokenizer_fingerprint",
+    "weight_fingerprint",
+    "write_card",
+]

