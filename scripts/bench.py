@@ -118,7 +118,7 @@ def run(
     models = {name: arm.share(model) for name, arm in arms.items()}
     steps = 7 * repeats
     say("inside the window")
-    rounds = {"decode": 10 * steps, "prefill": 3 * repeats}
+    rounds = {"decode": 10 * steps, "prefill": 4 * repeats}
     overhead = bench_overhead(models, arms, max(1, window // 2), rounds)
     decode = []
     for context in contexts:
@@ -185,11 +185,12 @@ def show(report: dict[str, Any]) -> None:
     for section, title in sections.items():
         table = Table(title=f"{section}: {title}", title_justify="left")
         rows = report[section]
-        for column in rows[0] if rows else ():
-            heading = _HEADINGS.get(column, column)
-            table.add_column(heading, justify="left" if column in _NAMES else "right")
+        columns = [column for column in (rows[0] if rows else ()) if column != "rounds"]
+        for column in columns:
+            justify = "left" if column in _NAMES else "right"
+            table.add_column(_HEADINGS.get(str(column), str(column)), justify=justify, no_wrap=True)
         for row in rows:
-            table.add_row(*(_cell(column, value) for column, value in row.items()))
+            table.add_row(*(_cell(column, row[column]) for column in columns))
         console.print(table)
     for arm, reason in report["skipped"].items():
         console.print(f"{arm}: not measured. {reason}")
@@ -200,19 +201,19 @@ _NAMES = ("arm", "phase", "rule", "form")
 _HEADINGS = {
     "tokens_per_second": "tokens/s",
     "ms_per_token": "ms/token",
-    "ms_per_token_after": "then ms/token",
-    "full_over_this": "times faster",
+    "ms_per_token_after": "ms/token",
+    "full_over_this": "faster",
     "over_full": "over full",
     "over_full_cpu": "in CPU time",
     "this_over_chunk": "over chunk",
-    "peak_bytes": "peak",
-    "cache_bytes": "cache",
+    "peak_bytes": "peak MiB",
+    "cache_bytes": "cache MiB",
 }
 
 
 def _cell(column: str, value: Any) -> str:
     if column.endswith("bytes"):
-        return f"{value / 2**20:.1f} MiB"
+        return f"{value / 2**20:,.1f}"
     if isinstance(value, float):
         return f"{value:.3f}" if column.startswith("over") else f"{value:,.4g}"
     return str(value)

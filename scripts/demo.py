@@ -83,9 +83,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--base", help="another base, e.g. HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--revision", default="main", help="its commit on the Hub")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument(
-        "overrides", nargs="*", help="key=value of the recipes")
-    )
+    parser.add_argument("overrides", nargs="*", help="key=value of the recipes")
     return parser.parse_args()
 
 

@@ -27,6 +27,7 @@ from memretrofit.evaluation.bench import (
     random_ids,
     take_turns,
 )
+from memretrofit.evaluation.bench_prefill import read_once
 from memretrofit.evaluation.cost import cache_bytes, prefill
 from memretrofit.ops import chunk_gated_delta
 
@@ -194,6 +195,16 @@ def test_transformers_own_rule_is_called_as_ours(script):
         assert torch.allclose(mine, other, atol=1e-5, rtol=0)
     undecayed = chunk_gated_delta(q, k, v, None, beta)
     assert not torch.allclose(undecayed[0], theirs[0], atol=1e-5, rtol=0)
+
+
+def test_the_peak_is_that_of_the_prefill():
+    """What the process needed earlier is not counted; what the prefill needs is, cache included."""
+    model = base()
+    held = torch.ones(50_000_000)  # 190 MiB
+    del held
+    small, large = (read_once(model, tokens) for tokens in (16, 2048))
+    assert small.peak_bytes < 2**26
+    assert large.peak_bytes > large.cache_bytes
 
 
 def test_rules_are_reported_per_length_and_form():

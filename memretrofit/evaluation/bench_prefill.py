@@ -140,15 +140,22 @@ def _serve(pipe: Any, folder: Path, arm: Arm, threads: int) -> None:
 
 
 def _reset_peak() -> int:
-    """Resident bytes now; where the kernel allows it, the peak is measured from here on."""
+    """Resident bytes now; the peak is measured from here on."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
-    except (OSError, TypeError):
-        return _peak_bytes()  # no such files here: what exceeds the earlier peak is counted
+    except OSError:
+        return _peak_bytes()  # not Linux: what exceeds the earlier peak is counted
+    return _status("VmRSS")
 
 
 def _peak_bytes() -> int:
+    # not `ru_maxrss` on Linux: a new process starts with the one of the process that started it
+    if Path("/proc/self/status").exists():
+        return _status("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1]) if found else 0

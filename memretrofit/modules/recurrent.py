@@ -43,9 +43,9 @@ class Decay(nn.Module):
 class WriteGate(nn.Linear):
     """Logits of decay and write strength from hidden states of any type: [B, T, E] to [B, T, F]."""
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """A linear map in the type of its own weights."""
-        return super().forward(hidden.to(self.weight.dtype))
+        return super().forward(input.to(self.weight.dtype))
 
 
 class ReadOut(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SPARE_COLUMNS = 64
-"""Room kept free at the end: appending one column copies the rest only once in this many steps."""
+"""Room kept at the end: appending one column copies the rest once in this many steps."""
 
 
 class RollingBuffer:
@@ -28,9 +28,7 @@ class RollingBuffer:
     @property
     def view(self) -> Tensor | None:
         """The live columns `[..., columns, D]`, or None before the first `append`."""
-        if self._storage is None:
-            return None
-        return self._storage.narrow(-2, self._start, self._end - self._start)
+        return None if self._storage is None else self._live(self._storage)
 
     @property
     def nbytes(self) -> int:
@@ -39,42 +37,38 @@ class RollingBuffer:
 
     def append(self, new: Tensor) -> Tensor:
         """Add columns at the end and return all live columns."""
-        if self._storage is None:
+        storage = self._storage
+        if storage is None:
             self._hold(new)
             self._borrowed = True  # the caller may read its tensor again: never write into it
             return new
         count = new.shape[-2]
-        differentiable = torch.is_grad_enabled() and (
-            new.requires_grad or self._storage.requires_grad
-        )
+        differentiable = torch.is_grad_enabled() and (new.requires_grad or storage.requires_grad)
         if differentiable or count > SPARE_COLUMNS:
-            self._hold(torch.cat([self.view, new], dim=-2))
-        else:
-            if self._end + count > self._storage.shape[-2]:
-                self._repack()
-            self._storage.narrow(-2, self._end, count).copy_(new)
-            self._end += count
-        return self._storage.narrow(-2, self._start, self._end - self._start)
+            storage = torch.cat([self._live(storage), new], dim=-2)
+            self._hold(storage)
+            return storage
+        if self._end + count > storage.shape[-2]:
+            storage = self._repack(storage)
+        storage.narrow(-2, self._end, count).copy_(new)
+        self._end += count
+        return self._live(storage)
 
     def drop(self, count: int, pinned: Tensor) -> None:
-        """Remove the first `count` columns and put `pinned` (at most `count` columns) in front of
-        what remains.
-        """
-        width = pinned.shape[-2]
-        if torch.is_grad_enabled() and self._storage.requires_grad:
-            self._hold(torch.cat([pinned, self.view[..., count:, :]], dim=-2))
+        """Remove the first `count` columns and put `pinned`, at most as many, in their place."""
+        storage, width = self._storage, pinned.shape[-2]
+        if storage is None:
+            return
+        if torch.is_grad_enabled() and storage.requires_grad:
+            self._hold(torch.cat([pinned, self._live(storage)[..., count:, :]], dim=-2))
             return
         pinned = pinned.clone()  # it may overlap the columns that it is written to
-        if self._borrowed:
-            self._start += count - width
-            self._repack()
-            self._storage.narrow(-2, self._start, width).copy_(pinned)
-            return
         self._start += count - width
-        self._storage.narrow(-2, self._start, width).copy_(pinned)
-        live = self._end - self._start
-        if self._storage.shape[-2] != live + SPARE_COLUMNS and self._start > SPARE_COLUMNS:
-            self._repack()  # after a long prefill: do not keep the whole prompt alive
+        # after a long prefill, do not keep the whole prompt alive
+        too_long = storage.shape[-2] > self._end - self._start + SPARE_COLUMNS
+        if self._borrowed or (too_long and self._start > SPARE_COLUMNS):
+            storage = self._repack(storage)
+        storage.narrow(-2, self._start, width).copy_(pinned)
 
     def crop(self, count: int) -> None:
         """Remove the last `count` columns."""
@@ -83,15 +77,20 @@ class RollingBuffer:
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace the live columns by `function` of them (a reordering of the batch)."""
         if self._storage is not None:
-            self._hold(function(self.view))
+            self._hold(function(self._live(self._storage)))
+
+    def _live(self, storage: Tensor) -> Tensor:
+        return storage.narrow(-2, self._start, self._end - self._start)
 
     def _hold(self, storage: Tensor) -> None:
-        self._borrowed = False
-        self._storage, self._start, self._end = storage, 0, storage.shape[-2]
+        self._storage, self._borrowed = storage, False
+        self._start, self._end = 0, storage.shape[-2]
 
-    def _repack(self) -> None:
-        live = self._end - self._start
-        *lead, _, width = self._storage.shape
-        storage = self._storage.new_empty(*lead, live + SPARE_COLUMNS, width)
-        storage[..., :live, :] = self.view
-        self._storage, self._start, self._end, self._borrowed = storage, 0, live, False
+    def _repack(self, storage: Tensor) -> Tensor:
+        live = self._live(storage)
+        *lead, columns, width = live.shape
+        packed = storage.new_empty(*lead, columns + SPARE_COLUMNS, width)
+        packed.narrow(-2, 0, columns).copy_(live)
+        self._hold(packed)
+        self._end = columns
+        return packed

@@ -48,40 +48,54 @@ class Seam:
         """
         if self.controls.disabled:
             return
-        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
         layer = None if cache is None else upgrade(cache, self.layer_idx, self.memory, self.owner)
         if layer is not None:
             layer.attending = True
-        call = AttentionCall(self, hidden, layer, kwargs.get("position_embeddings"))
-        call.token = _current.set(call)
+        visit = _Visit(self, hidden, layer, kwargs.get("position_embeddings"))
+        visit.token = _current.set(visit)
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook, called also when the module's forward raised."""
-        call = _current.get()
-        if call is not None and call.seam is self and call.token is not None:
-            _current.reset(call.token)
-            if call.layer is not None:
-                call.layer.attending = False
+        visit = _current.get()
+        if visit is not None and visit.seam is self and visit.token is not None:
+            _current.reset(visit.token)
+            if visit.layer is not None:
+                visit.layer.attending = False
 
 
 @dataclass(eq=False)
-class AttentionCall:
-    """One call of a patched module's attention: what the hook saw, then what the attention
-    function was given.
-    """
+class _Visit:
+    """What the pre-hook of one forward of a patched module saw."""
 
     seam: Seam
     hidden: Tensor
     layer: MemoryLayer | None
     position_embeddings: Any
-    token: Token | None = None
-    module: nn.Module | None = None
-    query: Tensor | None = None
-    key: Tensor | None = None
-    value: Tensor | None = None
-    mask: Tensor | None = None
-    kwargs: dict[str, Any] | None = None
+    token: Token[_Visit | None] | None = None
+
+
+_current: ContextVar[_Visit | None] = ContextVar("memretrofit_visit", default=None)
+
+
+@dataclass(eq=False, frozen=True, kw_only=True)
+class AttentionCall:
+    """One call of a patched module's attention: what the hook saw, and what attention was given."""
+
+    seam: Seam
+    hidden: Tensor
+    """[B, q, E] input of the attention module."""
+    layer: MemoryLayer | None
+    """The conversation's state; None without a cache."""
+    position_embeddings: Any
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    """[B, G, kept + q, K]."""
+    value: Tensor
+    mask: Tensor | None
+    kwargs: dict[str, Any]
 
     def full(self) -> tuple[Tensor, Tensor | None]:
         """The base model's own attention over everything that `key` and `value` hold."""
@@ -107,9 +121,6 @@ class AttentionCall:
         self.seam.memory.calibrate(query, key, self.kwargs.get("scaling") or key.shape[-1] ** -0.5)
 
 
-_current: ContextVar[AttentionCall | None] = ContextVar("memretrofit_call", default=None)
-
-
 def memory_attention(
     module: nn.Module,
     query: Tensor,
@@ -124,11 +135,9 @@ def memory_attention(
     recording = probe.get()
     if recording is not None:
         recording.calls.append((module, query, key, value, kwargs))
-    call = _current.get()
-    if call is None or getattr(module, "memory", None) is not call.seam.memory:
+    visit = _current.get()
+    if visit is None or getattr(module, "memory", None) is not visit.seam.memory:
         return base_attention(module, query, key, value, attention_mask, kwargs)
-    call.module, call.query, call.key, call.value = module, query, key, value
-    call.mask, call.kwargs = attention_mask, kwargs
     if not is_padding_mask(attention_mask, query):
         raise StateError(
             "The attention mask is more than causal with padding (packed sequences, a 4-D mask, "
@@ -136,6 +145,18 @@ def memory_attention(
             "memory cannot tell which tokens belong together. Pass one sequence per row and a 2-D "
             "attention mask."
         )
+    call = AttentionCall(
+        seam=visit.seam,
+        hidden=visit.hidden,
+        layer=visit.layer,
+        position_embeddings=visit.position_embeddings,
+        module=module,
+        query=query,
+        key=key,
+        value=value,
+        mask=attention_mask,
+        kwargs=kwargs,
+    )
     intercept = call.seam.controls.intercept
     return call.remember() if intercept is None else intercept(call)
 

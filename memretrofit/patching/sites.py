@@ -64,18 +64,23 @@ def config_holders(model: PreTrainedModel) -> dict[nn.Module, Any]:
     return holders
 
 
+def set_config(module: nn.Module, config: Any) -> None:
+    """Let one module read its settings from `config`."""
+    module.config = config
+
+
 @contextmanager
 def viewed_configs(model: PreTrainedModel):
     """Let all of `model` dispatch to the memretrofit attention function while inside."""
     holders = config_holders(model)
     for module, config in holders.items():
         if not is_view(config):
-            module.config = config_view(config)
+            set_config(module, config_view(config))
     try:
         yield
     finally:
         for module, config in holders.items():
-            module.config = config
+            set_config(module, config)
 
 
 def find_attention_sites(model: PreTrainedModel) -> list[AttentionSite]:
@@ -130,7 +135,7 @@ def _run_two_tokens(model: PreTrainedModel, record: _Probe) -> Cache | None:
     modes = {module: module.training for module in model.modules()}
     token = probe.set(record)
     try:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        ids = torch.zeros(1, 2, dtype=torch.long, device=_device(model))
         with viewed_configs(model), torch.no_grad():
             return model.eval()(input_ids=ids, use_cache=True).get("past_key_values")
     except Exception as error:
@@ -144,6 +149,10 @@ def _run_two_tokens(model: PreTrainedModel, record: _Probe) -> Cache | None:
             module.training = training
         for handle in handles:
             handle.remove()
+
+
+def _device(model: PreTrainedModel) -> Any:
+    return next(model.get_input_embeddings().parameters()).device
 
 
 def _site(

@@ -23,7 +23,12 @@ from memretrofit.patching.cache import upgrade
 from memretrofit.patching.config_view import config_view
 from memretrofit.patching.controls import ATTRIBUTE, Controls
 from memretrofit.patching.rotary import find_rotary
-from memretrofit.patching.sites import AttentionSite, config_holders, find_attention_sites
+from memretrofit.patching.sites import (
+    AttentionSite,
+    config_holders,
+    find_attention_sites,
+    set_config,
+)
 
 
 @dataclass(eq=False)
@@ -79,7 +84,7 @@ def patch_attention(
         ]
     for module, held in config_holders(model).items():
         ledger.configs[module] = held
-        module.config = config_view(held)
+        set_config(module, config_view(held))
     if hasattr(model, "_prepare_cache_for_generation"):
         model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)  # type: ignore[method-assign]
     setattr(model, ATTRIBUTE, ledger)
@@ -101,7 +106,7 @@ def detach(model: PreTrainedModel) -> None:
     for name in ledger.seams:
         del model.get_submodule(name).memory
     for module, held in ledger.configs.items():
-        module.config = held
+        set_config(module, held)
     model.__dict__.pop("_prepare_cache_for_generation", None)
     delattr(model, ATTRIBUTE)
 
@@ -110,9 +115,8 @@ def _prepare_cache(
     model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
 ) -> Any:
     """Upgrade the cache before `generate` decides what it may record or crop."""
-    result = type(model)._prepare_cache_for_generation(
-        model, generation_config, model_kwargs, *args
-    )
+    original: Any = type(model)
+    result = original._prepare_cache_for_generation(model, generation_config, model_kwargs, *args)
     ledger = getattr(model, ATTRIBUTE)
     cache = model_kwargs.get("past_key_values")
     if cache is not None and not ledger.controls.disabled:

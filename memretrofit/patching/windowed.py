@@ -61,6 +61,7 @@ def windowed_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         else memory.initial_state(call.query.shape[0], call.query)
     )
     start = columns.total - columns.new
+    kept, settled = state, 0
     if layer is not None:
         settled = max(0, (layer.confirmed if layer.record_past else start) - columns.window)
         if settled > layer.folded:  # tokens that a crop could have taken back, and did not
@@ -144,12 +145,6 @@ class _Columns:
             return None
         return self.ranks if self.layer is None else self.layer.column_ranks(self.ranks)
 
-    @cached_property
-    def row_sinks(self) -> Tensor:
-        """[B, N] columns of each row's own sinks; meaningful where the row has that many tokens."""
-        wanted = torch.arange(self.sinks, device=self.call.query.device)
-        return (self.column_ranks[:, None, :] == wanted[None, :, None]).int().argmax(-1)
-
     def blocks(self) -> list[tuple[int, int]]:
         """The new tokens in blocks of queries, first and last + 1 of each."""
         size = min(max(self.window, MIN_BLOCK), MAX_BLOCK)
@@ -229,14 +224,13 @@ class _Columns:
         )
         head = self.pinned or self.sinks
         if ranks is not None:
-            ranks = ranks[:, cut]
+            every, ranks = ranks, ranks[:, cut]
             if self.sinks:
-                sinks = self.row_sinks
-                sink_slots = self.slots[sinks]
-                held = self.column_ranks.max(-1, keepdim=True).values >= torch.arange(
-                    self.sinks, device=sinks.device
-                )
-                outside = held & ((sinks < self.pinned) | (sink_slots < oldest))
+                wanted = torch.arange(self.sinks, device=every.device)
+                # the columns of each row's own sinks; any where a row has too few tokens
+                sinks = (every[:, None, :] == wanted[None, :, None]).int().argmax(-1)
+                held = every.max(-1, keepdim=True).values >= wanted
+                outside = held & ((sinks < self.pinned) | (self.slots[sinks] < oldest))
                 key = torch.cat([gather_columns(call.key, sinks), key], dim=2)
                 value = torch.cat([gather_columns(call.value, sinks), value], dim=2)
                 sink_ranks = torch.where(outside, torch.arange(self.sinks, device=sinks.device), -1)
@@ -312,7 +306,9 @@ class _Columns:
         if self.ranks is not None:
             positions = self.ranks[:, begin + low : begin + high]
         steps = slot_steps(positions, self.window + self.sinks)
-        turned = self.call.seam.rotary.turn_back(self.call.module, query, steps)
+        rotary = self.call.seam.rotary
+        assert rotary is not None, "surgery gives slot positions a rotary module"
+        turned = rotary.turn_back(self.call.module, query, steps)
         is_sink = ((ranks >= 0) & (ranks < self.sinks)).reshape(-1, 1, key.shape[2], 1)
         zero = key.new_zeros(())
         key = torch.cat([torch.where(is_sink, zero, key), torch.where(is_sink, key, zero)], dim=-1)

@@ -8,6 +8,7 @@ from contract.families import FAMILIES, build, tokens
 from contract.runs import apart, one_pass
 from methods.captured import attention_of
 from tolerances import ONE_LAYER, WRONG
+from transformers import LlamaForCausalLM
 
 from memretrofit.methods.ahn import AHNConfig
 from memretrofit.patching.rotary import find_rotary, slot_steps, unrotate
