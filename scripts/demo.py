@@ -36,16 +36,17 @@ def main() -> int:
         overrides += [f"base.model={arguments.base}", f"base.revision={arguments.revision}"]
     output: Path = arguments.output
     try:
-        beside = _run(load_recipe(RECIPES / "demo_ahn_gdn.yaml", overrides), output / "ahn_gdn")
-        results = _run(load_recipe(RECIPES / "demo.yaml", overrides), output)
+        recipe = _train(RECIPES / "demo.yaml", overrides, output)
+        published = _train(RECIPES / "demo_ahn_gdn.yaml", overrides, output / "ahn_gdn")
+        results, scores = evaluate(output, recipe)
+        results["beside"] = {"ahn_gdn": evaluate(output / "ahn_gdn", published, known=scores)[0]}
     except MemretrofitError as error:
         console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
         return 2
-    results["beside"] = {"ahn_gdn": beside}
     results["seconds"] = round(time.monotonic() - begin)
     write_json(output / "report.json", results)
-    for name, found in (("LoLCATs", results), ("AHN-GDN as published", beside)):
-        console.print(_table(name, found))
+    console.print(_table("LoLCATs", results))
+    console.print(_table("AHN-GDN as published", results["beside"]["ahn_gdn"]))
     console.print(f"\nA new process loads {output} and continues {PROMPT!r}:")
     command = [sys.executable, "-m", "memretrofit", "generate", str(output)]
     subprocess.run([*command, "--prompt", PROMPT, "--max-new-tokens", "32"], check=True)
@@ -54,12 +55,13 @@ def main() -> int:
     return 0
 
 
-def _run(recipe: Recipe, output: Path) -> dict:
-    """Train into `output`, or go on with the run that is there, then measure."""
+def _train(path: Path, overrides: list[str], output: Path) -> Recipe:
+    """Train into `output`, or go on with the run that is there."""
+    recipe = load_recipe(path, overrides)
     console.rule(f"{recipe.method.method}: {output}")
     train(recipe, output, resume=(output / "recipe.yaml").exists())
     console.print(memretrofit.describe(memretrofit.from_pretrained(output)), highlight=False)
-    return evaluate(output, recipe)
+    return recipe
 
 
 def _table(name: str, results: dict) -> Table:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from memretrofit.patching.controls import memory_disabled, window_override
 from memretrofit.recipe import Recipe
 from memretrofit.retrofit import memory_parameters, patched_config
 
+OF_THE_MEMORY = ("trained", "no_write", "shuffled")
+"""Arms that differ between two trained memories of one base."""
 CACHE_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 COST_TOKENS = 8
 
@@ -59,7 +61,7 @@ def measure(
     texts: dict[str, tuple[Tensor, Tensor]],
     recipe: Recipe,
     *,
-    arms: Sequence[str] | None = None,
+    known: Mapping[str, Mapping[str, Scores]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Scores]]]:
     """Results as `render_card` takes them, and the scores behind them.
 
@@ -67,12 +69,14 @@ def measure(
         model: patched and trained.
         texts: what `held_out_rows` gives.
         recipe: its `evaluate` section says how; its `train.seed` gives the untrained arm.
-        arms: names of the arms to run; default all six. KL needs `full`.
+        known: scores of another memory of the same base on the same texts. What does not depend
+            on the memory (`full`, `window`) is taken from there, `untrained` is left out because a
+            fresh memory is silent, and KL, which needs the teacher, is not measured again.
     """
     section, config = recipe.evaluate, patched_config(model)
     exact = config.sliding_window + config.num_sink_tokens  # type: ignore[attr-defined]
     every = arms_of(model, fresh_values(model, recipe.train.seed))
-    chosen = {name: every[name] for name in (arms or every)}
+    chosen = every if known is None else {name: every[name] for name in OF_THE_MEMORY}
     teacher = chosen.get("full")
     scores: dict[str, dict[str, Scores]] = {}
     results: dict[str, Any] = {"texts": {}}
@@ -85,6 +89,8 @@ def measure(
             first_position=exact,
             batch_size=section.batch_size,
         )
+        if known is not None:
+            scores[text] |= {name: known[text][name] for name in ("full", "window")}
         repeats = bool((repeat_start < rows.shape[1]).all())
         results["texts"][text] = summarise(
             scores[text],
@@ -164,11 +170,18 @@ def write_json(path: Path, values: Any) -> None:
     os.replace(draft, path)
 
 
-def evaluate(directory: Path, recipe: Recipe, output: Path | None = None) -> dict[str, Any]:
+def evaluate(
+    directory: Path,
+    recipe: Recipe,
+    output: Path | None = None,
+    *,
+    known: Mapping[str, Mapping[str, Scores]] | None = None,
+) -> tuple[dict[str, Any], dict[str, dict[str, Scores]]]:
     """Measure the model saved in `directory` by the data and evaluate sections of `recipe`.
 
     Writes the report beside `output` (default: into `directory`), and when that is the model's own
-    folder also saves the model again, so that its card carries the results.
+    folder also saves the model again, so that its card carries the results. Returns the results,
+    and the scores behind them, which another model's evaluation may take as `known`.
 
     Raises:
         CheckpointError: the folder holds no usable memory. ConfigError: the text is missing.
@@ -181,11 +194,11 @@ def evaluate(directory: Path, recipe: Recipe, output: Path | None = None) -> dic
     tokenizer = load_tokenizer(base.model, revision=base.revision, gguf_file=base.gguf_file)
     texts = held_out_rows(recipe, tokenizer)
     with torch.no_grad():
-        results, scores = measure(model, texts, recipe)
+        results, scores = measure(model, texts, recipe, known=known)
         rows = next(iter(texts.values()))[0]
         results["cost"], results["cost_tokens"] = measure_cost(model, rows[:1])
-    write_report(model, folder, results, scores)
     results["trained_parameters"] = sum(p.numel() for p in memory_parameters(model).values())
+    write_report(model, folder, results, scores)
     if folder.resolve() == directory.resolve():
         save_pretrained(model, directory, recipe=recipe.to_dict(), results=results)
-    return results
+    return results, scores
