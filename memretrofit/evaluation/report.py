@@ -18,6 +18,7 @@ from torch import Tensor
 
 from memretrofit.data import Document, RowDataset, load_documents, split_documents
 from memretrofit.description import cache_bytes_at
+from memretrofit.errors import ConfigError
 from memretrofit.evaluation.arms import Arm, arms_of, fresh_values
 from memretrofit.evaluation.cost import decode_ms_per_token
 from memretrofit.evaluation.likelihood import Scores, compare_arms
@@ -142,9 +143,9 @@ def measure_cost(model: Any, ids: Tensor) -> tuple[dict[str, Any], int]:
 
 
 def write_report(
-    model: Any, directory: Path, results: dict[str, Any], scores: dict[str, dict[str, Scores]]
+    model: Any, path: Path, results: dict[str, Any], scores: dict[str, dict[str, Scores]]
 ) -> None:
-    """`report.json`, `nll.png` and `cache.png` in `directory`."""
+    """The report at `path`, and `nll.png` and `cache.png` beside it."""
     config = patched_config(model)
     window: int = config.sliding_window + config.num_sink_tokens  # type: ignore[attr-defined]
     bytes_at = [cache_bytes_at(model, tokens) for tokens in CACHE_LENGTHS]
@@ -154,13 +155,13 @@ def write_report(
         "patched": [after for _, after in bytes_at],
     }
     text = next(iter(scores))
-    plot_nll_by_position(scores[text], directory / "nll.png", window, title=f"{text} text")
+    plot_nll_by_position(scores[text], path.parent / "nll.png", window, title=f"{text} text")
     plot_cache_bytes(
         CACHE_LENGTHS,
         {"full": results["cache_bytes"]["full"], "trained": results["cache_bytes"]["patched"]},
-        directory / "cache.png",
+        path.parent / "cache.png",
     )
-    write_json(directory / "report.json", results)
+    write_json(path, results)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -188,7 +189,12 @@ def evaluate(
     """
     from memretrofit.hub import from_pretrained, load_tokenizer, read_record, save_pretrained
 
-    folder = directory if output is None else output.parent
+    output = directory / "report.json" if output is None else output
+    folder = output.parent
+    try:  # before the work, not after it
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written to {folder}: {error}") from error
     base = read_record(directory).base
     model = from_pretrained(directory).eval()
     tokenizer = load_tokenizer(base.model, revision=base.revision, gguf_file=base.gguf_file)
@@ -198,7 +204,7 @@ def evaluate(
         rows = next(iter(texts.values()))[0]
         results["cost"], results["cost_tokens"] = measure_cost(model, rows[:1])
     results["trained_parameters"] = sum(p.numel() for p in memory_parameters(model).values())
-    write_report(model, folder, results, scores)
+    write_report(model, output, results, scores)
     if folder.resolve() == directory.resolve():
         save_pretrained(model, directory, recipe=recipe.to_dict(), results=results)
     return results, scores
