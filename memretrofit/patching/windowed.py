@@ -26,8 +26,9 @@ from memretrofit.patching.rotary import slot_steps, unrotate
 if TYPE_CHECKING:
     from memretrofit.patching.attention import AttentionCall
 
-MIN_BLOCK, MAX_BLOCK = 128, 1024
-"""Queries per block: as many as the window holds, within these bounds."""
+MIN_BLOCK, MAX_BLOCK = 128, 512
+"""Queries per block: a quarter of the window, within these bounds. A block of C queries scores
+W + C columns, of which each query uses W."""
 
 
 def windowed_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -147,7 +148,7 @@ class _Columns:
 
     def blocks(self) -> list[tuple[int, int]]:
         """The new tokens in blocks of queries, first and last + 1 of each."""
-        size = min(max(self.window, MIN_BLOCK), MAX_BLOCK)
+        size = min(max(self.window // 4, MIN_BLOCK), MAX_BLOCK)
         return [(low, min(low + size, self.new)) for low in range(0, self.new, size)]
 
     def keep_features(self) -> None:
