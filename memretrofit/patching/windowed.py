@@ -73,6 +73,9 @@ def windowed_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
             _, state = memory(columns.block(0, 0, settled, backlog), state)
     outputs = []
     for low, high in columns.blocks():
+        if start + high <= columns.window + columns.sinks and not trained:
+            outputs.append(columns.local(low, high))  # nothing has been written that could be read
+            continue
         leaving = start + low - columns.window
         output, state = memory(columns.block(low, high, leaving, leaving + high - low), state)
         outputs.append(output)

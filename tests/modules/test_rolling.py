@@ -80,6 +80,16 @@ def test_steady_steps_neither_grow_nor_copy():
     assert numbers(buffer) == [0, 1, 2, *range(303, 311)]
 
 
+@pytest.mark.parametrize("sinks", [2, 3, 40])
+def test_pinned_columns_may_overlap_their_new_place(sinks):
+    """One column leaves: the sinks move by one, over themselves."""
+    buffer = RollingBuffer()
+    buffer.append(columns(0, sinks + 2))
+    buffer.append(columns(sinks + 2, 1))
+    buffer.drop(sinks + 1, buffer.view[:, :sinks])
+    assert numbers(buffer) == [*range(sinks), sinks + 1, sinks + 2]
+
+
 def test_a_long_append_does_not_stay_alive():
     buffer = RollingBuffer()
     buffer.append(columns(0, 10_000))
