@@ -158,6 +158,11 @@ def memory_attention(
         kwargs=kwargs,
     )
     intercept = call.seam.controls.intercept
+    if intercept is not None and call.layer is not None:
+        raise StateError(
+            "intercepted() changes forwards without a cache: it would leave this cache's state "
+            "behind its tokens. Pass use_cache=False."
+        )
     return call.remember() if intercept is None else intercept(call)
 
 

@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from memretrofit import AHNConfig, LoLCATsConfig, patch
-from memretrofit.patching.controls import window_override
+from memretrofit.errors import StateError
+from memretrofit.patching.controls import intercepted, window_override
 from memretrofit.patching.windowed import MIN_BLOCK
 from memretrofit.retrofit import memory_parameters
 
@@ -65,3 +66,11 @@ def test_blocks_of_one_pass_equal_calls_of_any_length(model):
         cache = output.past_key_values
         parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_interception_refuses_a_cache(model):
+    with intercepted(model, lambda call: (call.near(), None)):
+        assert model(IDS, use_cache=False).logits.isfinite().all()
+        with pytest.raises(StateError, match="use_cache=False"):
+            model(IDS)
