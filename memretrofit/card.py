@@ -200,11 +200,13 @@ def _results(texts: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 
 def _use(name: str, base: Mapping[str, Any]) -> str:
+    # a base that came in a package has no folder of its own: its tokenizer lies beside the memory
+    tokenizer = name if str(base["model"]).startswith("package:") else str(base["model"])
     return (
         "import memretrofit\n"
         "from transformers import AutoTokenizer\n\n"
         f"model = memretrofit.from_pretrained({name!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({str(base['model'])!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})\n"
         'output = model.generate(**tokenizer("Once upon a time", return_tensors="pt"))'
     )
 
