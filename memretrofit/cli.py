@@ -212,9 +212,28 @@ def push(
     private: Annotated[bool, typer.Option("--private/--public")] = True,
 ) -> None:
     """Publish a saved model: memory, adapter and card; never the base weights."""
-    from memretrofit.hub import from_pretrained, push_to_hub
+    from memretrofit.hub import (
+        check_tokenizer,
+        from_pretrained,
+        load_tokenizer,
+        push_to_hub,
+        read_record,
+        read_results,
+    )
 
-    typer.echo(push_to_hub(from_pretrained(directory), repo, private=private))
+    record = read_record(directory)
+    base = record.base
+    tokenizer = load_tokenizer(base.model, revision=base.revision, gguf_file=base.gguf_file)
+    check_tokenizer(tokenizer, base)
+    url = push_to_hub(
+        from_pretrained(directory),
+        repo,
+        private=private,
+        recipe=record.recipe,
+        results=read_results(directory),
+        tokenizer=tokenizer,
+    )
+    typer.echo(url)
 
 
 def main() -> None:

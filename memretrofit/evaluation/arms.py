@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memretrofit.description import unwrapped
 from memretrofit.hub.adapter import is_peft
 from memretrofit.patching.controls import (
     intercepted,
@@ -23,7 +22,7 @@ from memretrofit.patching.controls import (
     state_shuffled,
     writes_disabled,
 )
-from memretrofit.retrofit import memory_parameters, patch, patched_config, unpatch
+from memretrofit.retrofit import ledger_of, memory_parameters
 
 Arm = Callable[[], AbstractContextManager[None]]
 
@@ -69,17 +68,14 @@ def memory_values(model: PreTrainedModel, values: Mapping[str, Tensor]) -> Itera
 def fresh_values(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     """The memory parameters that a fresh patch of this model with this config would have.
 
-    The model keeps its present values. The random state of torch is left as it was.
+    Nothing about the model changes, nor about the random state of torch.
     """
-    inner: Any = unwrapped(model)
-    config = patched_config(inner)
-    own = {name: parameter.data for name, parameter in memory_parameters(inner).items()}
+    ledger = ledger_of(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        patch(unpatch(inner), config)
-    parameters = memory_parameters(inner)
-    fresh = {name: parameter.data for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        parameter.data = own[name]
-        parameter.requires_grad_(False)
-    return fresh
+        return {
+            f"{site.name}.memory.{name}": parameter.data.to(ledger.device_of(site))
+            for site in ledger.sites
+            if site.name in ledger.seams
+            for name, parameter in ledger.make_memory(site).named_parameters()
+        }

@@ -164,6 +164,22 @@ def write_report(
     write_json(path, results)
 
 
+def _check_split(trained: Mapping[str, Any] | None, recipe: Recipe) -> None:
+    """Refuse to call held out what another split trained on."""
+    if trained is None:
+        return
+    now = recipe.to_dict()
+    fixed = [("data", "sources"), ("data", "held_out"), ("train", "seed")]
+    differ = [f"{a}.{b}" for a, b in fixed if trained[a][b] != now[a][b]]
+    if set(now["data"]["held_out_sources"]) & set(trained["data"]["sources"]):
+        differ.append("data.held_out_sources")
+    if differ:
+        raise ConfigError(
+            f"{', '.join(differ)} differ from the recipe that trained this memory, so that "
+            "held-out text may have been trained on. Measure with the run's own recipe."
+        )
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write JSON so that a kill leaves the old file or the new one."""
     draft = path.with_name(path.name + ".draft")
@@ -180,14 +196,15 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Scores]]]:
     """Measure the model saved in `directory` by the data and evaluate sections of `recipe`.
 
-    Writes the report beside `output` (default: into `directory`), and when that is the model's own
-    folder also saves the model again, so that its card carries the results. Returns the results,
+    Writes the report to `output` (default: `report.json` in `directory`, and then the model card,
+    which carries it) and its pictures beside it. Returns the results,
     and the scores behind them, which another model's evaluation may take as `known`.
 
     Raises:
-        CheckpointError: the folder holds no usable memory. ConfigError: the text is missing.
+        CheckpointError: the folder holds no usable memory.
+        ConfigError: the text is missing, or was trained on.
     """
-    from memretrofit.hub import from_pretrained, load_tokenizer, read_record, save_pretrained
+    from memretrofit.hub import from_pretrained, load_tokenizer, read_record, write_card
 
     output = directory / "report.json" if output is None else output
     folder = output.parent
@@ -195,7 +212,9 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"the report cannot be written to {folder}: {error}") from error
-    base = read_record(directory).base
+    record = read_record(directory)
+    _check_split(record.recipe, recipe)
+    base = record.base
     model = from_pretrained(directory).eval()
     tokenizer = load_tokenizer(base.model, revision=base.revision, gguf_file=base.gguf_file)
     texts = held_out_rows(recipe, tokenizer)
@@ -205,6 +224,6 @@ def evaluate(
         results["cost"], results["cost_tokens"] = measure_cost(model, rows[:1])
     results["trained_parameters"] = sum(p.numel() for p in memory_parameters(model).values())
     write_report(model, output, results, scores)
-    if folder.resolve() == directory.resolve():
-        save_pretrained(model, directory, recipe=recipe.to_dict(), results=results)
+    if output.resolve() == (directory / "report.json").resolve():
+        write_card(directory)
     return results, scores

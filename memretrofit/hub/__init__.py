@@ -10,7 +10,7 @@ from memretrofit.hub.fingerprint import check_tokenizer, tokenizer_fingerprint, 
 from memretrofit.hub.loading import from_pretrained
 from memretrofit.hub.record import BaseRecord, Record, read_record
 from memretrofit.hub.remote import push_to_hub
-from memretrofit.hub.saving import save_pretrained, write_card
+from memretrofit.hub.saving import read_results, save_pretrained, write_card
 
 __all__ = [
     "BaseRecord",
@@ -21,6 +21,7 @@ __all__ = [
     "load_tokenizer",
     "push_to_hub",
     "read_record",
+    "read_results",
     "save_pretrained",
     "tokenizer_fingerprint",
     "weight_fingerprint",

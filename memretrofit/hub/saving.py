@@ -140,6 +140,12 @@ def write_files(
     return Written(named=[*tokenizer_files, *files], after=[CARD])
 
 
+def read_results(directory: str | Path) -> Mapping[str, Any] | None:
+    """What was measured of a saved memory: `report.json` where there is one, else its record's."""
+    path = Path(directory) / REPORT
+    return read_json(path) if path.exists() else read_record(directory).results
+
+
 def write_card(directory: str | Path, *, name: str | None = None, limits: str = "") -> Path:
     """Render a saved memory's card again, from its record and `report.json` where there is one.
 
@@ -152,9 +158,7 @@ def write_card(directory: str | Path, *, name: str | None = None, limits: str = 
         CheckpointError: no memory there, a damaged record or report, or nothing can be written.
     """
     directory = Path(directory)
-    record = read_record(directory)
-    if (directory / REPORT).exists():
-        record = replace(record, results=read_json(directory / REPORT))
+    record = replace(read_record(directory), results=read_results(directory))
     with staging(directory) as staged:
         text = _card(record, name or directory.resolve().name, limits)
         (staged / CARD).write_text(text, encoding="utf-8")

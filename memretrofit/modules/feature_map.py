@@ -61,6 +61,8 @@ class FeatureMapMemory(AttentionMemory):
     window's own mass.
     """
 
+    shares_softmax = True
+
     def __init__(
         self,
         *,

@@ -64,6 +64,8 @@ class AttentionMemory(nn.Module):
     """Whether queries and leaving keys are taken after (`post_rope`) or before (`pre_rope`) the
     rotary embedding.
     """
+    shares_softmax: bool = False
+    """Whether the read enters the window's normaliser (`Block.attend`), not its output."""
     positions: str = "absolute"
     """Where sinks stand for the rotary embedding: `absolute`, or by `slot` in the cache
     (StreamingLLM).
@@ -91,6 +93,5 @@ class AttentionMemory(nn.Module):
         """
 
     def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:
-        """Fold what leaves, read, and return the attention output [B, C, H, V] and the new "
-        "state."""
+        """Fold what leaves and read: the attention output [B, C, H, V] and the new state."""
         return (None if block.query is None else block.local()), state

@@ -48,7 +48,7 @@ class RollingBuffer:
             storage = torch.cat([self._live(storage), new], dim=-2)
             self._hold(storage)
             return storage
-        if self._end + count > storage.shape[-2]:
+        if self._borrowed or self._end + count > storage.shape[-2]:
             storage = self._repack(storage)
         storage.narrow(-2, self._end, count).copy_(new)
         self._end += count

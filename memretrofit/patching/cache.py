@@ -47,7 +47,6 @@ class MemoryLayer(DynamicLayer):
         self.first = 0
         self.pinned = 0
         self.confirmed = 0
-        self.padded = False
 
     # What the model and `generate` call
 
@@ -96,7 +95,7 @@ class MemoryLayer(DynamicLayer):
             state.
         """
         self.check_crop(tokens_to_remove)
-        count = abs(tokens_to_remove)
+        count = -tokens_to_remove
         if count and self.is_initialized:
             for stream in self.streams.values():
                 if stream.view is not None:
@@ -106,13 +105,17 @@ class MemoryLayer(DynamicLayer):
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raise the `StateError` that `crop` would raise, and change nothing."""
-        count = abs(tokens_to_remove)
+        count = -tokens_to_remove
+        if not 0 <= count <= self.seen:
+            raise StateError(
+                f"crop({tokens_to_remove}) on a cache of {self.seen} tokens: pass minus the number "
+                "of tokens to remove."
+            )
         if count and self.folded > max(0, self.seen - count - self.sliding_window):
             raise StateError(
                 f"crop({tokens_to_remove}) on a cache of {self.seen} tokens: {self.folded} tokens "
-                "have left the window and "
-                "folding cannot be undone. Call cache.activate_past_recording() before the "
-                "forward that may be cropped."
+                "have left the window, and folding cannot be undone. Call "
+                "cache.activate_past_recording() before the forward that may be cropped."
             )
 
     def reset(self) -> None:

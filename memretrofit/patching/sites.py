@@ -36,6 +36,8 @@ class AttentionSite:
     key_dim: int
     value_dim: int
     rotates: bool
+    extras: tuple[str, ...]
+    """Names of learned sinks that its softmax is given beside query and key."""
     patchable: bool
     reason: str
 
@@ -175,6 +177,7 @@ def _site(
         num_key_value_heads=key.shape[1],
         key_dim=key.shape[-1],
         value_dim=value.shape[-1],
+        extras=tuple(name for name in ("s_aux", "sinks") if kwargs.get(name) is not None),
         rotates=can_unrotate(module, query, record.positions.get(module)),
         reason=(reason := _why_not(hidden, layer, times, kwargs)),
         patchable=not reason,

@@ -36,11 +36,16 @@ class Ledger:
     """What a patch added to a model, and what was there before."""
 
     config: MethodConfig
+    make_memory: Callable[[AttentionSite], AttentionMemory]
     controls: Controls = field(default_factory=Controls)
     sites: list[AttentionSite] = field(default_factory=list)
     seams: dict[str, Seam] = field(default_factory=dict)
     configs: dict[nn.Module, Any] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
+
+    def device_of(self, site: AttentionSite) -> torch.device:
+        """Where the memory of a patched site is."""
+        return next(site.module.parameters()).device
 
 
 def patch_attention(
@@ -65,19 +70,18 @@ def patch_attention(
     sites = find_attention_sites(model)
     _check_window(model, config)
     chosen = _choose(model, sites, config.layers_to_transform)
-    ledger = Ledger(config, sites=sites)
-    memories = [(site, make_memory(site)) for site in chosen]  # may raise: nothing is attached yet
-    for site, memory in memories:
-        _check_rotary(model, site, memory)
+    ledger = Ledger(config, make_memory, sites=sites)
     owner = uuid.uuid4().hex
+    # whatever can fail comes first: nothing is attached yet
+    memories = [(site, _placed(make_memory(site), site.module)) for site in chosen]
     for site, memory in memories:
-        weight = next(site.module.parameters())
-        seam = Seam(memory, ledger.controls, owner, site.layer_idx, find_rotary(model, site.module))
-        memory = memory.to(weight.device).train(site.module.training)
-        if weight.dtype is torch.float64:
-            memory.double()
+        _check_memory(model, site, memory)
+        ledger.seams[site.name] = Seam(
+            memory, ledger.controls, owner, site.layer_idx, find_rotary(model, site.module)
+        )
+    for site, memory in memories:
+        seam = ledger.seams[site.name]
         site.module.memory = memory
-        ledger.seams[site.name] = seam
         ledger.handles += [
             site.module.register_forward_pre_hook(seam.before, with_kwargs=True),
             site.module.register_forward_hook(seam.after, always_call=True),
@@ -166,7 +170,20 @@ def _choose(
     return [by_layer[index] for index in sorted(set(wanted))]
 
 
-def _check_rotary(model: PreTrainedModel, site: AttentionSite, memory: AttentionMemory) -> None:
+def _placed(memory: AttentionMemory, module: nn.Module) -> AttentionMemory:
+    """The memory on the device and in the mode of its module; float64 only where that is."""
+    weight = next(module.parameters())
+    memory = memory.to(weight.device).train(module.training)
+    return memory.double() if weight.dtype is torch.float64 else memory
+
+
+def _check_memory(model: PreTrainedModel, site: AttentionSite, memory: AttentionMemory) -> None:
+    if memory.shares_softmax and site.extras:
+        raise UnsupportedModelError(
+            f"{site.name} of {type(model).__name__} gives its softmax {', '.join(site.extras)}, "
+            "which a memory under the same normaliser does not know. Use a method that adds its "
+            "read, such as ahn."
+        )
     if memory.key_space == "pre_rope" and not site.rotates:
         raise UnsupportedModelError(
             f"key_space='pre_rope' needs heads that are rotated by a (cos, sin) pair; {site.name} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from memretrofit.training.progress import RunLog, StageProgress
 from memretrofit.training.trainable import trainable_parameters
 from memretrofit.training.transfer import TransferSettings, TransferStep, attention_transfer
 
+DRAFT = "recipe.yaml.draft"
+"""The recipe until the base is loaded and the text is found: a start that fails is not a run."""
 RECIPE, LOG, PLOT, CHECKPOINTS = "recipe.yaml", "log.jsonl", "loss.png", "checkpoints"
 
 
@@ -63,7 +66,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool =
 
 
 def prepare_folder(recipe: Recipe, output: Path, resume: bool) -> None:
-    """Make the folder and write the resolved recipe, or check that it holds this very run.
+    """Make the folder and draft the resolved recipe, or check that it holds this very run.
 
     Raises:
         ConfigError: it holds another run, or none to resume, or cannot be written.
@@ -88,7 +91,7 @@ def prepare_folder(recipe: Recipe, output: Path, resume: bool) -> None:
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
-        path.write_text(recipe.to_yaml(), encoding="utf-8")
+        (output / DRAFT).write_text(recipe.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"output {output} cannot be written: {error}") from error
 
@@ -137,6 +140,8 @@ def run_stages(
     """Train a patched model through the stages of a recipe, each on its part of `rows`; save it."""
     section, checkpoints = recipe.train, output / CHECKPOINTS
     state, log, trained = PartialState(), RunLog(output / LOG), model
+    if state.is_main_process and not resume:  # base and text are there: now it is a run
+        os.replace(output / DRAFT, output / RECIPE)
     begin = 0
     for stage, count in stage_rows(section, state.num_processes).items():
         part = Subset(rows, range(begin, begin + count))
