@@ -193,6 +193,8 @@ def generate(
     tokenizer = load_tokenizer(base.model, revision=base.revision, gguf_file=base.gguf_file)
     check_tokenizer(tokenizer, base)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not inputs["input_ids"].numel():
+        raise ConfigError("--prompt holds no token to continue; give it some text")
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     typer.echo(tokenizer.decode(tokens[0], skip_special_tokens=True))
 

@@ -61,6 +61,15 @@ class Checked:
         ConfigError: one or more fields are not usable; `problems` lists them.
     """
 
+    def __new__(cls, *_: Any, **given: Any) -> Any:
+        """Refuse unknown names with the nearest legal one, where Python would only count them."""
+        legal = [field.name for field in fields(cls)]
+        unknown = [name for name in given if name not in legal]
+        if unknown:
+            faults = [f"{name}: unknown field; {did_you_mean(name, legal)}" for name in unknown]
+            raise ConfigError.listing(cls.__name__, faults)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         """Check every field: type, range, then the relations between fields."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -90,6 +90,11 @@ def check_savable(model: nn.Module) -> dict[str, Tensor]:
         StateError: the model is not patched, or a value is nan or infinite.
     """
     tensors = memory_tensors(ledger_of(model))
+    if wrapped := [name for name in tensors if ".base_layer." in name or ".lora_" in name]:
+        raise StateError(
+            f"Refusing to save: a PEFT adapter wraps the memory itself ({wrapped[0]}), and a file "
+            "of that form could not be loaded. Adapt the base only: exclude_modules='.*memory.*'."
+        )
     if faulty := not_finite(tensors):
         raise StateError(
             f"Refusing to save: nan or infinity in {len(faulty)} of {len(tensors)} memory "

@@ -10,6 +10,7 @@ model's own function runs with its own arguments.
 from __future__ import annotations
 
 import sys
+import uuid
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -30,6 +31,17 @@ from memretrofit.patching.rotary import Rotary
 from memretrofit.patching.sites import probe
 
 
+class Owner:
+    """Whose state a cache holds. A copy of a model is another owner; a copy of a cache is not."""
+
+    def __init__(self) -> None:
+        self.key = uuid.uuid4().hex
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
+        memo[id(self)] = copy = Owner()
+        return copy
+
+
 @dataclass(eq=False)
 class Seam:
     """One patched attention module: its memory, its model's switches, and the hooks around its
@@ -38,7 +50,7 @@ class Seam:
 
     memory: AttentionMemory
     controls: Controls
-    owner: str
+    owner: Owner
     layer_idx: int
     rotary: Rotary | None
 
@@ -50,7 +62,9 @@ class Seam:
             return
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
-        layer = None if cache is None else upgrade(cache, self.layer_idx, self.memory, self.owner)
+        layer = (
+            None if cache is None else upgrade(cache, self.layer_idx, self.memory, self.owner.key)
+        )
         if layer is not None:
             layer.attending = True
         visit = _Visit(self, hidden, layer, kwargs.get("position_embeddings"))

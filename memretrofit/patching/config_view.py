@@ -13,18 +13,31 @@ from functools import cache
 
 from transformers import PreTrainedConfig
 
+from memretrofit.errors import UnsupportedModelError
+
 PREFIX = "memretrofit_"
+IMPLEMENTATIONS = ("sdpa", "eager")
 
 
 @cache
 def _view_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     def read(self: PreTrainedConfig) -> str:
-        return PREFIX + base_implementation(self)
+        base = base_implementation(self)
+        if base not in IMPLEMENTATIONS:
+            raise UnsupportedModelError(
+                f"A patched model was set to attention implementation {base!r}; memretrofit serves "
+                f"{' and '.join(IMPLEMENTATIONS)}. Call model.set_attn_implementation('sdpa')."
+            )
+        return PREFIX + base
 
     def write(self: PreTrainedConfig, value: str | dict | None) -> None:
         config_class._attn_implementation.fset(self, value)  # type: ignore[attr-defined]
 
-    body = {"_attn_implementation": property(read, write), "__module__": config_class.__module__}
+    body = {
+        "_attn_implementation": property(read, write),
+        "__module__": config_class.__module__,
+        "is_memretrofit_view": True,
+    }
     return type(config_class.__name__, (config_class,), body)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +20,10 @@ ATTRIBUTE = "memretrofit_patch"
 
 @dataclass
 class Controls:
-    """How the memories of one model behave right now. Every field's default is normal operation."""
+    """How the memories of one model behave right now. Every field's default is normal operation.
+
+    They belong to the model, not to a thread: do not generate in one thread while another measures.
+    """
 
     disabled: bool = False
     """Run the base model's full attention."""
@@ -32,6 +35,16 @@ class Controls:
     """Another (sliding_window, num_sink_tokens) for forwards without a cache."""
     intercept: Callable[[Any], tuple[Tensor, Tensor | None]] | None = None
     """Called with the attention call instead of attention (attention transfer, probes)."""
+    active: list[dict[str, Any]] = field(default_factory=list)
+    """What each open context set, oldest first. A later one wins."""
+
+    def settle(self) -> None:
+        """Set every switch to its default, then to what the open contexts ask for."""
+        for name in ("disabled", "writes", "shuffled", "window", "intercept"):
+            setattr(self, name, getattr(type(self), name))
+        for values in self.active:
+            for name, value in values.items():
+                setattr(self, name, value)
 
 
 def controls(model: PreTrainedModel) -> Controls:
@@ -52,14 +65,14 @@ def controls(model: PreTrainedModel) -> Controls:
 @contextmanager
 def _set(model: PreTrainedModel, **values: Any) -> Iterator[None]:
     switches = controls(model)
-    before = {name: getattr(switches, name) for name in values}
+    switches.active.append(values)
+    switches.settle()
     try:
-        for name, value in values.items():
-            setattr(switches, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(switches, name, value)
+        # by identity: contexts that overlap without nesting must not leave each other switched on
+        switches.active = [entry for entry in switches.active if entry is not values]
+        switches.settle()
 
 
 def memory_disabled(model: PreTrainedModel):

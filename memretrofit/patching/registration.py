@@ -6,9 +6,7 @@ from __future__ import annotations
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from memretrofit.patching.config_view import PREFIX
-
-IMPLEMENTATIONS = ("sdpa", "eager")
+from memretrofit.patching.config_view import IMPLEMENTATIONS, PREFIX
 
 
 def register() -> None:

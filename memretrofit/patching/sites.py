@@ -18,8 +18,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from memretrofit.errors import UnsupportedModelError
-from memretrofit.patching.config_view import base_implementation, config_view, is_view
-from memretrofit.patching.registration import IMPLEMENTATIONS, register
+from memretrofit.patching.config_view import (
+    IMPLEMENTATIONS,
+    base_implementation,
+    config_view,
+    is_view,
+)
+from memretrofit.patching.registration import register
 from memretrofit.patching.rotary import can_unrotate
 
 

@@ -5,7 +5,6 @@ touched.
 from __future__ import annotations
 
 import functools
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 from memretrofit.config import MethodConfig
 from memretrofit.errors import ConfigError, NoTargetError, StateError, UnsupportedModelError
 from memretrofit.modules.memory import AttentionMemory
-from memretrofit.patching.attention import Seam
+from memretrofit.patching.attention import Owner, Seam
 from memretrofit.patching.cache import upgrade
 from memretrofit.patching.config_view import config_view
 from memretrofit.patching.controls import ATTRIBUTE, Controls
@@ -71,7 +70,7 @@ def patch_attention(
     _check_window(model, config)
     chosen = _choose(model, sites, config.layers_to_transform)
     ledger = Ledger(config, make_memory, sites=sites)
-    owner = uuid.uuid4().hex
+    owner = Owner()
     # whatever can fail comes first: nothing is attached yet
     memories = [(site, _placed(make_memory(site), site.module)) for site in chosen]
     for site, memory in memories:
@@ -125,7 +124,9 @@ def _prepare_cache(
     cache = model_kwargs.get("past_key_values")
     if cache is not None and not ledger.controls.disabled:
         for seam in ledger.seams.values():
-            layer = upgrade(cache, seam.layer_idx, seam.memory, seam.owner)
+            if cache.layer_class_to_replicate is None and seam.layer_idx >= len(cache.layers):
+                continue  # early exit drafts with the first layers only
+            layer = upgrade(cache, seam.layer_idx, seam.memory, seam.owner.key)
             if generation_config.is_assistant:
                 layer.activate_past_recording()
     return result
@@ -133,10 +134,11 @@ def _prepare_cache(
 
 def _check_window(model: PreTrainedModel, config: Any) -> None:
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions is not None and config.sliding_window >= positions:
+    kept = config.sliding_window + config.num_sink_tokens
+    if positions is not None and kept >= positions:
         raise ConfigError(
-            f"sliding_window={config.sliding_window} is not smaller than the {positions} "
-            "positions that "
+            f"sliding_window={config.sliding_window} with {config.num_sink_tokens} sinks is not "
+            f"smaller than the {positions} positions that "
             f"{type(model).__name__} was trained on, so nothing would ever leave it. Choose a "
             "smaller window."
         )
