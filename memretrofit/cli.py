@@ -210,8 +210,12 @@ def card(directory: Directory) -> None:
 @app.command()
 def push(
     directory: Directory,
-    repo: Annotated[str, typer.Argument(help="owner/name on the Hub.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private/--public")] = True,
+    repo: Annotated[
+        str | None, typer.Argument(help="owner/name on the Hub; default: hub.repo of its recipe.")
+    ] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Default: hub.private of its recipe.")
+    ] = None,
 ) -> None:
     """Publish a saved model: memory, adapter and card; never the base weights."""
     from memretrofit.hub import (
@@ -224,13 +228,19 @@ def push(
     )
 
     record = read_record(directory)
+    wanted = (record.recipe or {}).get("hub") or {}
+    repo = repo or wanted.get("repo")
+    if repo is None:
+        raise ConfigError(
+            f"push: {directory} was trained by no recipe that names hub.repo; say owner/name"
+        )
     base = record.base
     tokenizer = load_tokenizer(base.model, revision=base.revision, gguf_file=base.gguf_file)
     check_tokenizer(tokenizer, base)
     url = push_to_hub(
         from_pretrained(directory),
         repo,
-        private=private,
+        private=wanted.get("private", True) if private is None else private,
         recipe=record.recipe,
         results=read_results(directory),
         tokenizer=tokenizer,

@@ -76,7 +76,7 @@ def test_a_bug_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train"], ["push", "folder"], ["generate", "folder"], ["no"]]
+    "arguments", [["train"], ["push"], ["generate", "folder"], ["no"]]
 )
 def test_incomplete_commands_are_usage_errors(arguments: list[str]) -> None:
     result = runner.invoke(app, arguments)

@@ -52,8 +52,17 @@ def held_out_rows(recipe: Recipe, tokenizer: Any) -> dict[str, tuple[Tensor, Ten
 def _rows(
     documents: Sequence[Document], tokenizer: Any, length: int, share: float, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
-    section = recipe.evaluate
-    rows = RowDataset(documents, tokenizer, length, share, section.seed, size=section.rows)
+    section, method = recipe.evaluate, recipe.method
+    exact = method.sliding_window + method.num_sink_tokens  # type: ignore[attr-defined]
+    rows = RowDataset(
+        documents,
+        tokenizer,
+        length,
+        share,
+        section.seed,
+        minimum_lag=max(length // 2, exact),
+        size=section.rows,
+    )
     return rows.rows()
 
 
