@@ -60,7 +60,7 @@ def _train(path: Path, overrides: list[str], output: Path) -> Recipe:
     recipe = load_recipe(path, overrides)
     console.rule(f"{recipe.method.method}: {output}")
     train(recipe, output, resume=(output / "recipe.yaml").exists())
-    console.print(memretrofit.describe(memretrofit.from_pretrained(output)), highlight=False)
+    print(memretrofit.describe(memretrofit.from_pretrained(output)))
     return recipe
 
 
