@@ -279,9 +279,9 @@ def test_a_patched_base_is_left_patched(saved: Path, base: Path) -> None:
 
 def test_a_window_that_the_base_cannot_have(base: Path, tmp_path: Path) -> None:
     """The record is consistent; the method refuses the model."""
-    save_pretrained(patch(load_base(base), AHNConfig(sliding_window=255)), tmp_path)
+    save_pretrained(patch(load_base(base), AHNConfig(sliding_window=250)), tmp_path)
     model = load_base(base)
     model.config.max_position_embeddings = 100
-    with pytest.raises(ConfigError, match="sliding_window=255"):
+    with pytest.raises(ConfigError, match="sliding_window=250"):
         from_pretrained(tmp_path, base=model)
     assert is_untouched(model)
