@@ -75,9 +75,7 @@ def test_a_bug_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(runner.invoke(app, ["methods"]).exception, KeyError)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["train"], ["push"], ["generate", "folder"], ["no"]]
-)
+@pytest.mark.parametrize("arguments", [["train"], ["push"], ["generate", "folder"], ["no"]])
 def test_incomplete_commands_are_usage_errors(arguments: list[str]) -> None:
     result = runner.invoke(app, arguments)
     assert result.exit_code == 2
