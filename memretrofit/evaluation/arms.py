@@ -6,8 +6,8 @@ second copy of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from memretrofit.evaluation.likelihood import Arm
 from memretrofit.hub.adapter import is_peft
 from memretrofit.patching.controls import (
     intercepted,
@@ -23,8 +24,6 @@ from memretrofit.patching.controls import (
     writes_disabled,
 )
 from memretrofit.retrofit import ledger_of, memory_parameters
-
-Arm = Callable[[], AbstractContextManager[None]]
 
 
 def arms_of(model: PreTrainedModel, untrained: Mapping[str, Tensor]) -> dict[str, Arm]:

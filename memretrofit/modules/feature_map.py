@@ -92,8 +92,8 @@ class FeatureMapMemory(AttentionMemory):
 
     def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:
         """Fold what leaves, and attend over window and state under one normaliser."""
-        key = self.key_map(self._per_state_head(block.leaving_key))
-        value = widened(self._per_state_head(block.leaving_value))
+        key = self.key_map(self.per_state_head(block.leaving_key))
+        value = widened(self.per_state_head(block.leaving_value))
         value = torch.cat(
             [value, torch.ones_like(value[..., :1])], dim=-1
         )  # the last column accumulates z
@@ -119,7 +119,7 @@ class FeatureMapMemory(AttentionMemory):
         rest. Keys of pretrained models share most of their length: the rest is what tells them
         apart.
         """
-        key = widened(self._per_state_head(key))
+        key = widened(self.per_state_head(key))
         key_mean, query_mean = key.mean((0, 2)), widened(query).mean((0, 2))
         sharing = query_mean.shape[0] // key_mean.shape[0]
         self.key_map.mean.copy_(key_mean)
@@ -128,7 +128,3 @@ class FeatureMapMemory(AttentionMemory):
         self.query_map.scale.copy_(key_mean.repeat_interleave(sharing, dim=0) * scaling)
         along = (query_mean * key_mean.repeat_interleave(sharing, dim=0)).sum(-1) * scaling
         self.state_weight.bias.copy_(along + math.log(self.features / 4))
-
-    def _per_state_head(self, x: Tensor) -> Tensor:
-        repeats = self.state_heads // x.shape[1]
-        return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)

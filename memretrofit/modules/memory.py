@@ -71,6 +71,9 @@ class AttentionMemory(nn.Module):
     (StreamingLLM).
     """
 
+    state_heads: int
+    """Heads that hold a state; set by memories that have one."""
+
     def __init__(self, *, sliding_window: int, num_sink_tokens: int) -> None:
         super().__init__()
         self.write_features = None
@@ -80,6 +83,11 @@ class AttentionMemory(nn.Module):
     def initial_state(self, batch_size: int, like: Tensor) -> State:
         """The empty state for `batch_size` rows, on the device of `like`."""
         return ()
+
+    def per_state_head(self, x: Tensor) -> Tensor:
+        """Keys or values [B, G, ...] for the heads that hold a state: [B, state heads, ...]."""
+        repeats = self.state_heads // x.shape[1]
+        return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
 
     def state_nbytes(self) -> int:
         """Bytes of one row's state."""

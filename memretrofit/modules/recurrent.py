@@ -116,8 +116,8 @@ class RecurrentMemory(AttentionMemory):
 
     def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:
         """Write what leaves, read with each query, add to the window's attention."""
-        key = self._normalised(self._per_state_head(block.leaving_key))
-        value = self._per_state_head(block.leaving_value)
+        key = self._normalised(self.per_state_head(block.leaving_key))
+        value = self.per_state_head(block.leaving_value)
         g, beta = self._gates(block.leaving_features, block.writes[:, None])  # type: ignore[arg-type]
         query = key if block.query is None else self._normalised_query(block.query)
         read, new_state = chunk_rule(self.rule)(query, key, value, g, beta, initial_state=state[0])
@@ -130,12 +130,8 @@ class RecurrentMemory(AttentionMemory):
     def calibrate(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """Start the learned mean of the keys at their mean."""
         if hasattr(self, "key_center"):
-            mean = widened(self._per_state_head(key)).mean((0, 2))
+            mean = widened(self.per_state_head(key)).mean((0, 2))
             self.key_center.mean.copy_(mean[:, None])
-
-    def _per_state_head(self, x: Tensor) -> Tensor:
-        repeats = self.state_heads // x.shape[1]
-        return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
 
     def _normalised(self, key: Tensor) -> Tensor:
         key = self.key_center(key) if hasattr(self, "key_center") else key
