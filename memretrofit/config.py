@@ -46,6 +46,8 @@ _SHARED = {
     "segment_length": Range(least=1),
     "chunk_size": Range(least=1),
     "top_k": Range(least=1),
+    "block_size": Range(least=1),
+    "cache_bytes": Range(least=0),
     "layers_to_transform": Range(least=0),
 }
 

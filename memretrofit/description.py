@@ -4,8 +4,9 @@ Cache bytes are those of one row after one forward pass of T tokens, in the mode
 
     full attention     b T                                                          grows
     native window w    b min(T, w - 1)                                              bounded
-    patched            b' min(T, N + W + SPARE_COLUMNS)  +  state once T > N + W    bounded
+    patched            b' min(T, N + W + SPARE_COLUMNS)  +  state once T > N + W    state: see below
 
+A state is of fixed size in a memory that compresses, and a store that grows in one that recalls.
 b and b' (bytes of one token in one layer, b' with the features and second keys that a memory keeps)
 are measured, not derived: caches of latents (MLA) and of mixed layers hold other shapes than
 attention sees.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
@@ -80,19 +81,22 @@ def _peft_original(module: nn.Module) -> nn.Module | None:
 
 @dataclass(frozen=True)
 class _LayerCost:
-    """Bytes of a cache layer: fixed + per_token min(T, most), + state and spare when T > most."""
+    """Bytes of a cache layer: fixed + per_token min(T, most); when T > most also spare columns and
+    the state after T - most tokens.
+    """
 
     per_token: int
     most: int | None = None
     fixed: int = 0
-    state: int = 0
+    state: Callable[[int], int] = lambda tokens: 0
     spare: int = 0
 
     def at(self, tokens: int) -> int:
         """Bytes after `tokens` tokens."""
         if self.most is None or tokens <= self.most:
             return self.fixed + self.per_token * tokens
-        return self.fixed + self.per_token * (self.most + self.spare) + self.state
+        kept = self.fixed + self.per_token * (self.most + self.spare)
+        return kept + self.state(tokens - self.most)
 
 
 def cache_bytes_at(model: nn.Module, tokens: int) -> tuple[int, int]:
@@ -156,7 +160,7 @@ def _memory_cost(layer: MemoryLayer, memory: AttentionMemory) -> _LayerCost:
     return _LayerCost(
         per_token=sum(x.nbytes // x.shape[-2] for x in columns),
         most=layer.num_sink_tokens + layer.sliding_window,
-        state=memory.state_nbytes(),
+        state=memory.state_nbytes,
         spare=SPARE_COLUMNS,
     )
 

@@ -88,7 +88,9 @@ class TrainSection(Checked):
     """What trains, how long, on which windows. All but `transfer` is about self-distillation."""
 
     stages: tuple[Literal["transfer", "distill"], ...] = ("transfer", "distill")
-    """`transfer` fits each layer by itself; `distill` the whole model to its own full attention."""
+    """`transfer` fits each layer by itself; `distill` the whole model to its own full attention;
+    none for a method that needs no training.
+    """
     transfer: TransferSection = field(default_factory=TransferSection)
     trainable: Literal["memory", "memory+lora"] = "memory"
     """LoRA on q, k, v, o closes more of the gap, and changes the model inside the window too."""
@@ -120,12 +122,13 @@ class TrainSection(Checked):
         """Judge each relation whose fields are all usable."""
         found: list[str] = []
         if "stages" not in faulty and self.stages not in (
+            (),
             ("transfer",),
             ("distill",),
             ("transfer", "distill"),
         ):
             found.append(
-                f"stages={list(self.stages)}: expected transfer, distill, or both in order"
+                f"stages={list(self.stages)}: expected none, transfer, distill, or both in order"
             )
         ranges = {"window_range": self.window_range, "sink_range": self.sink_range}
         found += [f"{k}: is empty" for k, v in ranges.items() if k not in faulty and not v]

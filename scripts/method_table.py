@@ -11,12 +11,16 @@ README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- methods: scripts/fix writes this table -->", "<!-- /methods -->"
 
 
+def linked(paper: str) -> str:
+    """An arXiv number as a link; anything else as it is."""
+    number = paper.removeprefix("arXiv:")
+    return paper if number == paper else f"[{paper}](https://arxiv.org/abs/{number})"
+
+
 def table() -> str:
     lines = ["| method | family | presets | paper | what it does |", "|---|---|---|---|---|"]
     for info in available_methods().values():
-        number = info.paper.removeprefix("arXiv:")
-        linked = number != info.paper
-        paper = f"[{info.paper}](https://arxiv.org/abs/{number})" if linked else info.paper
+        paper = ", ".join(map(linked, info.paper.split(", ")))
         presets = ", ".join(f"`{name}`" for name in info.presets)
         summary = info.summary.replace("|", "\\|")
         lines.append(

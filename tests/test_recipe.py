@@ -83,7 +83,6 @@ train:
         ("train.transfer.steps=0", "train.transfer.steps=0: must be at least 1"),
         ("train.max_steps=[", "not YAML"),
         ("train.stages=[distill, transfer]", "in order"),
-        ("train.stages=[]", "in order"),
         ("train.window_range=[]", "train.window_range: is empty"),
         ("train.trainable=everything", "legal: memory, memory+lora"),
         ("train.warmup_ratio=1.5", "at most 1"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,18 @@ from torch.nn import functional as F
 
 from memretrofit.errors import UnsupportedModelError
 
-State = tuple[Tensor, ...]
-"""Tensors with the batch first, at least float32. They live in the cache, never on a module."""
+if TYPE_CHECKING:
+    from memretrofit.modules.store import Store
+
+State = tuple["Tensor | Store", ...]
+"""Tensors with the batch first, at least float32, and stores. They live in the cache, never on a
+module.
+"""
+
+
+def with_rows(state: State, function: Callable[[Tensor], Tensor]) -> State:
+    """`state` with `function`, which reorders or repeats rows, applied to all that it holds."""
+    return tuple(function(x) if isinstance(x, Tensor) else x.apply(function) for x in state)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -41,8 +51,20 @@ class Block:
     """The same with its log-sum-exp: [B, H, C, V], [B, H, C]; for memories that share one softmax
     with the window.
     """
+    attend_to: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """The model's softmax (its scale and soft cap) over other tokens: queries [B, H, C, K], keys
+    [B, G, S, K], values [B, G, S, V] and visible [B | 1, 1 | H, C, S], as `ops.attend.attend`.
+    """
+    scores: Callable[[Tensor, Tensor], Tensor]
+    """The logits of that softmax: queries [B, H, C, K] and keys [B, G, S, K] to [B, H, C, S], at
+    least float32.
+    """
     leaving_key: Tensor
     """[B, G, C, K] in the memory's key space."""
+    rotated: Callable[[], tuple[Tensor | None, Tensor]]
+    """`query` and `leaving_key` after the rotary embedding, as the model made them, whatever the
+    memory's key space; for a part of a memory that takes keys in another space than the rest.
+    """
     leaving_value: Tensor
     """[B, G, C, V]."""
     leaving_features: Tensor | None
@@ -50,6 +72,18 @@ class Block:
     writes: Tensor
     """[B | 1, C] bool: whether a token really leaves here (not a sink, not padding, not before
     the first token).
+    """
+    query_slots: Tensor
+    """[C] place of each query in its (padded) row."""
+    leaving_slots: Tensor
+    """[C] the same for the leaving tokens; below 0 where nothing leaves."""
+    rotate: Callable[[Tensor, Tensor], Tensor]
+    """The model's own rotary embedding, at positions of the memory's choice: x [B, h, T, K] not
+    rotated, positions [B | 1, T]. Only for memories in the `pre_rope` key space.
+    """
+    leaving_places: Tensor | None = None
+    """[B, C] place of each leaving token in its event, 0 where one begins (`ops.segment.places`);
+    only where the text is read in pieces (`patching.pieces`).
     """
 
 
@@ -91,6 +125,10 @@ class AttentionMemory(nn.Module):
     """
     shares_softmax: bool = False
     """Whether the read enters the window's normaliser (`Block.attend`), not its output."""
+    observes_queries: bool = False
+    """Whether the state depends on the queries, so that it must meet each of them, in order: then
+    `Block.query` is there in every block (post_rope), and what the read returns may be discarded.
+    """
     positions: str = "absolute"
     """Where sinks stand for the rotary embedding: `absolute`, or by `slot` in the cache
     (StreamingLLM).
@@ -105,6 +143,11 @@ class AttentionMemory(nn.Module):
         self.sliding_window = sliding_window
         self.num_sink_tokens = num_sink_tokens
 
+    @property
+    def state_space(self) -> str:
+        """The key space of the queries and keys that `calibrate` is given."""
+        return self.key_space
+
     def initial_state(self, batch_size: int, like: Tensor) -> State:
         """The empty state for `batch_size` rows, on the device of `like`."""
         return ()
@@ -114,8 +157,8 @@ class AttentionMemory(nn.Module):
         repeats = self.state_heads // x.shape[1]
         return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
 
-    def state_nbytes(self) -> int:
-        """Bytes of one row's state."""
+    def state_nbytes(self, tokens: int = 0) -> int:
+        """Bytes of one row's state, after so many tokens have left the window."""
         return 0
 
     def accesses(self, block: Block) -> Accesses:
@@ -131,8 +174,8 @@ class AttentionMemory(nn.Module):
     def calibrate(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """Set what should start from the model's own statistics; called once before training.
 
-        Queries [B, H, T, K] and keys [B, G, T, K] in the memory's key space, and the factor on
-        their scores. A memory that starts the same for every model leaves this as it is.
+        Queries [B, H, T, K] and keys [B, G, T, K] in `state_space`, and the factor on their scores.
+        A memory that starts the same for every model leaves this as it is.
         """
 
     def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:

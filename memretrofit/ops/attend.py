@@ -40,31 +40,43 @@ def attend(
     Raises:
         ValueError: H is no multiple of G, or the mask is not boolean.
     """
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask has dtype {mask.dtype}; pass a boolean one, True where visible.")
+    (batch, heads, time, _), groups = q.shape, k.shape[1]
+    s = scores(q, k, scale=scale, softcap=softcap)
+    blind = None
+    if mask is not None:
+        blind = ~mask.any(-1)  # [B|1, 1|H, T]
+        # A row of -inf has NaN gradients: blind rows see all keys here, and are emptied below.
+        s = s.masked_fill(~(mask | blind[..., None]), -torch.inf)
+    with full_precision(q):
+        lse = s.logsumexp(-1)
+        weights = (s - lse[..., None]).exp()
+        o = weights.view(batch, groups, heads // groups * time, k.shape[2]) @ v.to(s.dtype)
+        o = o.view(batch, heads, time, v.shape[-1])
+        if blind is not None:
+            o, lse = o.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
+        return o, lse
+
+
+def scores(
+    q: Tensor, k: Tensor, *, scale: float | None = None, softcap: float | None = None
+) -> Tensor:
+    """s_j of q [B,H,T,K] on k [B,G,S,K]: [B,H,T,S], in float32 (float64 where q has it).
+
+    Raises:
+        ValueError: H is no multiple of G.
+    """
     (batch, heads, time, width), groups = q.shape, k.shape[1]
     if groups == 0 or heads % groups:
         raise ValueError(f"{heads} query heads cannot share {groups} KV heads evenly.")
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask has dtype {mask.dtype}; pass a boolean one, True where visible.")
     dtype = torch.promote_types(q.dtype, torch.float32)
     with full_precision(q):
         q = q.to(dtype) * (width**-0.5 if scale is None else scale)
         # The heads that share a KV head are rows of one product.
         rows = q.reshape(batch, groups, heads // groups * time, width)
-        scores = (rows @ k.to(dtype).mT).view(batch, heads, time, k.shape[2])
-        if softcap is not None:
-            scores = softcap * (scores / softcap).tanh()
-        blind = None
-        if mask is not None:
-            blind = ~mask.any(-1)  # [B|1, 1|H, T]
-            # A row of -inf has NaN gradients: blind rows see all keys here, and are emptied below.
-            scores = scores.masked_fill(~(mask | blind[..., None]), -torch.inf)
-        lse = scores.logsumexp(-1)
-        weights = (scores - lse[..., None]).exp()
-        o = weights.view(*rows.shape[:3], k.shape[2]) @ v.to(dtype)
-        o = o.view(batch, heads, time, v.shape[-1])
-        if blind is not None:
-            o, lse = o.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
-        return o, lse
+        s = (rows @ k.to(dtype).mT).view(batch, heads, time, k.shape[2])
+        return s if softcap is None else softcap * (s / softcap).tanh()
 
 
 def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:

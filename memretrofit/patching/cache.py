@@ -15,8 +15,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from memretrofit.errors import StateError, UnsupportedModelError
-from memretrofit.modules.memory import AttentionMemory, State
+from memretrofit.modules.memory import AttentionMemory, State, with_rows
 from memretrofit.modules.rolling import RollingBuffer
+
+STREAMS = ("key", "value", "features", "unrotated", "token", "surprise", "place")
+"""What a layer may keep of each token in its window; the last three where a text is read in pieces
+(`patching.pieces`), and of these all but `place` in one layer for all.
+"""
 
 
 class MemoryLayer(DynamicLayer):
@@ -40,8 +45,16 @@ class MemoryLayer(DynamicLayer):
     def _clear(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
-        self.streams = {name: RollingBuffer() for name in ("key", "value", "features", "unrotated")}
+        self.streams = {name: RollingBuffer() for name in STREAMS}
         self.state: State = ()
+        self.unmet: Tensor | None = None
+        """[B, H, n, K] the last n queries, which a state that observes queries has yet to meet:
+        those of the tokens that a crop may still take back.
+        """
+        self.logits: dict[int, Tensor] = {}
+        """[B, vocabulary] what was predicted after each slot that the next token may follow; where
+        a text is read in pieces, in one layer for all.
+        """
         self.carried = False
         self.seen = 0
         self.folded = 0
@@ -102,7 +115,15 @@ class MemoryLayer(DynamicLayer):
                 if stream.view is not None:
                     stream.crop(count)
             self.keys, self.values = self.streams["key"].view, self.streams["value"].view
+            if self.unmet is not None:
+                self.unmet = self.unmet[:, :, : self.unmet.shape[2] - count]
         self.seen = self.confirmed = self.seen - count
+        self.logits = {slot: x for slot, x in self.logits.items() if slot < self.seen}
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Tokens kept: sliding window and sinks."""
+        return self.sliding_window, self.num_sink_tokens
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raise the `StateError` that `crop` would raise, and change nothing."""
@@ -138,12 +159,17 @@ class MemoryLayer(DynamicLayer):
     def _apply(self, function: Any) -> None:
         for stream in self.streams.values():
             stream.apply(function)
-        self.state = tuple(function(x) for x in self.state)
+        self.state = with_rows(self.state, function)
+        self.unmet = None if self.unmet is None else function(self.unmet)
+        self.logits = {slot: function(x) for slot, x in self.logits.items()}
         self.keys, self.values = self.streams["key"].view, self.streams["value"].view
 
     def nbytes(self) -> int:
         """Bytes held for this layer: kept tokens (spare columns included) and state."""
-        return sum(s.nbytes for s in self.streams.values()) + sum(x.nbytes for x in self.state)
+        unmet = 0 if self.unmet is None else self.unmet.nbytes
+        kept = sum(s.nbytes for s in self.streams.values())
+        kept += sum(x.nbytes for x in self.logits.values())
+        return kept + unmet + sum(x.nbytes for x in self.state)
 
     # What the attention seam calls
 
@@ -158,13 +184,23 @@ class MemoryLayer(DynamicLayer):
                 f"state_carried: the cache's layer is a {type(other).__name__} that holds no state "
                 "of this patched model. Pass a cache that this model filled."
             )
-        self.state, self.carried = tuple(x.clone() for x in other.state), True
+        self.state, self.carried = (
+            tuple(
+                x.clone() if isinstance(x, Tensor) else x.clone().earlier(other.seen)
+                for x in other.state
+            ),
+            True,
+        )
 
     def commit(self, state: State, folded: int, ranks: Tensor | None) -> None:
         """Store the state in which all slots below `folded` are, and drop their columns except
         the sinks.
         """
         self.state, self.folded = state, folded
+        if self.unmet is not None:
+            met = self.seen - self.unmet.shape[2]
+            met = max(met, folded + self.sliding_window) if folded else met
+            self.unmet = self.unmet[:, :, self.unmet.shape[2] - (self.seen - met) :].clone()
         sinks = self.num_sink_tokens
         if folded <= max(sinks, self.first):
             return
@@ -212,8 +248,15 @@ def gather_columns(columns: Tensor, index: Tensor) -> Tensor:
     return columns.gather(-2, index.expand(-1, *lead, -1, columns.shape[-1]))
 
 
-def upgrade(cache: Cache, layer_idx: int, memory: AttentionMemory, owner: str) -> MemoryLayer:
-    """The memory layer at `layer_idx` of `cache`, put in the place of an empty `DynamicLayer`.
+def upgrade(
+    cache: Cache,
+    layer_idx: int,
+    memory: AttentionMemory,
+    owner: str,
+    window: tuple[int, int] | None = None,
+) -> MemoryLayer:
+    """The memory layer at `layer_idx` of `cache`, put in the place of an empty `DynamicLayer`;
+    with the memory's own sliding window and sinks unless another `window` is given.
 
     Raises:
         UnsupportedModelError: the cache is static, quantised, offloaded or of another kind that
@@ -257,7 +300,7 @@ def upgrade(cache: Cache, layer_idx: int, memory: AttentionMemory, owner: str) -
             "Read the text again with a fresh cache, or keep using this one inside "
             "memretrofit.memory_disabled(model)."
         )
-    fresh = MemoryLayer(owner, memory.sliding_window, memory.num_sink_tokens)
+    fresh = MemoryLayer(owner, *(window or (memory.sliding_window, memory.num_sink_tokens)))
     cache.layers[layer_idx] = fresh
     cache.crop = functools.partial(_crop_all, cache)  # type: ignore[method-assign]
     return fresh

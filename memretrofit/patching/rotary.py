@@ -15,14 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memretrofit.modules.memory import widened
+
 
 def unrotate(module: nn.Module, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
     """Undo the rotation of `x` `[B, H, T, K]` by the (cos, sin) that the module was given: R(-p)
     x.
+
+    Some embeddings also scale (YaRN); the squared length of (cos, sin) takes that back too.
     """
-    cos, sin = position_embeddings
+    cos, sin = (widened(part) for part in position_embeddings)
+    length = cos.square() + sin.square()
+    return _rotated(module, widened(x), cos / length, -sin / length).to(x.dtype)
+
+
+def _rotated(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     apply = sys.modules[type(module).__module__].apply_rotary_pos_emb
-    return apply(x, x, cos, -sin)[0]
+    return apply(x, x, cos, sin)[0]
 
 
 def can_unrotate(module: nn.Module, query: Tensor, position_embeddings: Any) -> bool:
@@ -46,12 +55,22 @@ class Rotary:
 
     def turn_back(self, attention: nn.Module, x: Tensor, steps: Tensor) -> Tensor:
         """Rotate `x` `[B, H, T, K]` back by `steps` `[1 | B, T]` positions."""
+        cos, sin = self._angles(x, steps.clamp(min=0))
+        scale = getattr(self.module, "attention_scaling", 1.0)  # already in x, once
+        return unrotate(attention, x, (cos / scale, sin / scale))
+
+    def rotate(self, attention: nn.Module, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate `x` `[B, H, T, K]` to `positions` `[1 | B, T]`, as the model would, in at least
+        float32.
+        """
+        x = widened(x)
+        return _rotated(attention, x, *self._angles(x, positions))
+
+    def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         arguments: dict[str, Any] = (
             {} if self.layer_type is None else {"layer_type": self.layer_type}
         )
-        cos, sin = self.module(x, steps.clamp(min=0), **arguments)
-        scale = getattr(self.module, "attention_scaling", 1.0)  # already in x, once
-        return unrotate(attention, x, (cos / scale, sin / scale))
+        return self.module(x, positions, **arguments)
 
 
 def find_rotary(model: nn.Module, attention: nn.Module) -> Rotary | None:

@@ -30,6 +30,9 @@ from memretrofit.patching.sites import (
 )
 from memretrofit.patching.wrapping import positions_of, unwrapped
 
+ABSENT = "absent"
+"""In a ledger: nothing stood there."""
+
 
 @dataclass(eq=False)
 class Ledger:
@@ -42,6 +45,15 @@ class Ledger:
     seams: dict[str, Seam] = field(default_factory=dict)
     configs: dict[nn.Module, Any] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
+    methods: dict[str, Any] = field(default_factory=dict)
+    """What stood in the model's own `__dict__` where a method of it was replaced; `ABSENT` if
+    nothing did.
+    """
+
+    def replace_method(self, model: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        """Let `function` answer for the method `name` of `model` until it is unpatched."""
+        self.methods.setdefault(name, vars(model).get(name, ABSENT))
+        setattr(model, name, function)
 
     def device_of(self, site: AttentionSite) -> torch.device:
         """Where the memory of a patched site is."""
@@ -90,7 +102,9 @@ def patch_attention(
         ledger.configs[module] = held
         set_config(module, config_view(held))
     if hasattr(model, "_prepare_cache_for_generation"):
-        model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)  # type: ignore[method-assign]
+        ledger.replace_method(
+            model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, model)
+        )
     setattr(model, ATTRIBUTE, ledger)
 
 
@@ -123,7 +137,10 @@ def detach(model: PreTrainedModel) -> None:
         del model.get_submodule(name).memory
     for module, held in ledger.configs.items():
         set_config(module, held)
-    model.__dict__.pop("_prepare_cache_for_generation", None)
+    for name, held in ledger.methods.items():
+        model.__dict__.pop(name, None)
+        if held is not ABSENT:
+            setattr(model, name, held)
     delattr(model, ATTRIBUTE)
 
 

@@ -7,9 +7,10 @@ in exactly one of the two.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from memretrofit.errors import StateError, UnsupportedModelError
 from memretrofit.modules.memory import Block
-from memretrofit.ops.attend import attend
+from memretrofit.ops.attend import attend, scores
 from memretrofit.ops.window import window_mask
 from memretrofit.patching.cache import gather_columns
 from memretrofit.patching.masks import as_base_mask, token_ranks
@@ -48,6 +49,7 @@ def windowed_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         if layer is not None:
             columns.keep_features()
             columns.keep_unrotated()
+            columns.keep_unmet()
         return call.full()
     if call.kwargs.get("output_attentions"):
         raise UnsupportedModelError(
@@ -57,6 +59,7 @@ def windowed_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         )
     columns.keep_features()
     columns.keep_unrotated()
+    columns.keep_unmet()
     state = (
         layer.state
         if layer is not None and layer.state
@@ -66,16 +69,18 @@ def windowed_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     kept, settled = state, 0
     if layer is not None:
         settled = max(0, (layer.confirmed if layer.record_past else start) - columns.window)
+        folded = columns.folded
         if settled > layer.folded:  # tokens that a crop could have taken back, and did not
-            _, state = memory(columns.block(0, 0, layer.folded, settled), state)
+            for block in columns.past(folded, settled):
+                _, state = memory(block, state)
+            folded = settled
         kept = state
-        backlog = max(0, start - columns.window)
-        if backlog > settled:
-            _, state = memory(columns.block(0, 0, settled, backlog), state)
+        for block in columns.past(folded, start - columns.window):
+            _, state = memory(block, state)
     outputs, silenced = [], call.seam.controls.silenced
     for low, high in columns.blocks():
         unwritten = start + high <= columns.window + columns.sinks
-        if silenced or (unwritten and nothing_to_read):
+        if silenced or (unwritten and nothing_to_read and not memory.observes_queries):
             outputs.append(columns.local(low, high))
             continue
         leaving = start + low - columns.window
@@ -85,6 +90,8 @@ def windowed_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         if layer.record_past:
             layer.commit(kept, max(settled, layer.folded), columns.ranks)
         else:
+            # what is not folded can still be cropped: no state may have met it
+            state = state if columns.total > columns.window else kept
             layer.commit(state, max(0, columns.total - columns.window), columns.ranks)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 
@@ -97,7 +104,9 @@ def near_attention(call: AttentionCall) -> Tensor:
 
 
 def state_inputs(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Queries and keys of `call` in the memory's key space, as the state would meet them."""
+    """Queries and keys of `call` as the state would meet them, in the space of `state_space`."""
+    if call.seam.memory.state_space == "post_rope":
+        return call.query, call.key
     columns = _Columns(call)
     columns.keep_unrotated()
     return columns.read_query, columns.leaving_key
@@ -119,7 +128,8 @@ class _Columns:
         self.window, self.sinks = memory.sliding_window, memory.num_sink_tokens
         if call.seam.controls.window is not None:
             self.window, self.sinks = call.seam.controls.window
-            if self.layer is not None:
+            window = (self.window, self.sinks)
+            if self.layer is not None and window != self.layer.window:
                 raise StateError(
                     "window_override changes forwards without a cache; this one has a cache, "
                     "which is as large as the patch made it. Pass use_cache=False."
@@ -130,7 +140,12 @@ class _Columns:
             )
         self.features: Tensor | None = None
         self.leaving_key = call.key
-        self.read_query = call.query
+        self.query = self.read_query = call.query
+
+    @property
+    def places(self) -> Tensor | None:
+        """[B, columns, 1] place of each token in its event, where the text is read in pieces."""
+        return None if self.layer is None else self.layer.streams["place"].view
 
     @cached_property
     def ranks(self) -> Tensor | None:
@@ -175,6 +190,35 @@ class _Columns:
                 new if self.layer is None else self.layer.streams["unrotated"].append(new)
             )
 
+    def keep_unmet(self) -> None:
+        """The same for queries that the state has not met, in front of the new ones."""
+        if self.call.seam.memory.observes_queries and self.layer is not None:
+            if self.layer.unmet is not None:
+                self.query = torch.cat([self.layer.unmet, self.call.query], dim=2)
+            self.layer.unmet = self.read_query = self.query
+
+    @property
+    def folded(self) -> int:
+        """The first slot that has not left; below 0 until a state that observes queries has any."""
+        folded = 0 if self.layer is None else self.layer.folded
+        return -self.window if self.call.seam.memory.observes_queries and not folded else folded
+
+    def past(self, begin: int, end: int) -> Iterator[Block]:
+        """Blocks in which the slots `begin` to `end` - 1 leave, for queries of earlier calls."""
+        if not self.call.seam.memory.observes_queries:
+            if end > begin:
+                yield self.block(0, 0, begin, end)
+            return
+        ahead = self.window - (self.total - self.new)  # from a leaving slot to its query
+        for low in range(begin, end, MAX_BLOCK):
+            high = min(low + MAX_BLOCK, end)
+            yield self.block(low + ahead, high + ahead, low, high)
+
+    def _queries(self, of: Tensor, low: int, high: int) -> Tensor:
+        """Of the queries `of`, new ones last: numbers `low` to `high` - 1, the first new one 0."""
+        earlier = of.shape[2] - self.new
+        return of[:, :, earlier + low : earlier + high]
+
     def block(self, low: int, high: int, leaving_from: int, leaving_to: int) -> Block:
         """Queries `low` to `high` (an empty range only folds), as the slots in
         `leaving_from:leaving_to` leave.
@@ -204,15 +248,32 @@ class _Columns:
             writes = writes.roll(-1, dims=0)
         reads = high > low
         return Block(
-            query=self.read_query[:, :, low:high] if reads else None,
-            hidden=call.hidden[:, low:high] if reads else None,
+            query=self._queries(self.read_query, low, high) if reads else None,
+            hidden=call.hidden[:, low:high] if reads and low >= 0 else None,
             local=lambda: self.local(low, high),
             attend=lambda: self._attend(low, high),
+            attend_to=self._attend_to,
+            scores=self._scores,
             leaving_key=cut(self.leaving_key),
+            rotated=lambda: (
+                self._queries(self.query, low, high) if reads else None,
+                cut(call.key),
+            ),
             leaving_value=cut(call.value),
             leaving_features=None if self.features is None else cut(self.features),
             writes=writes,
+            query_slots=torch.arange(
+                self.total - self.new + low, self.total - self.new + high, device=writes.device
+            ),
+            leaving_slots=torch.arange(leaving_from, leaving_to, device=writes.device),
+            rotate=self._rotate,
+            leaving_places=None if self.places is None else cut(self.places)[..., 0],
         )
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        rotary = self.call.seam.rotary
+        assert rotary is not None, "surgery gives pre_rope memories a rotary module"
+        return rotary.rotate(self.call.module, x, positions)
 
     def _near(self, low: int, high: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Keys, values, slots and ranks of the sinks and of all that is in some window of queries
@@ -293,11 +354,27 @@ class _Columns:
         return visible
 
     def _attend(self, low: int, high: int) -> tuple[Tensor, Tensor]:
-        call = self.call
         key, value, slots, ranks = self._near(low, high)
         visible = self._visible(low, high, slots, ranks)
-        scale, softcap = call.kwargs.get("scaling"), call.kwargs.get("softcap")
-        return attend(call.query[:, :, low:high], key, value, visible, scale=scale, softcap=softcap)
+        query = self._queries(self.query, low, high)
+        if self.call.seam.memory.positions == "slot":
+            query, key = self._by_slot(query, key, low, high, slots if ranks is None else ranks)
+        return self._attend_to(query, key, value, visible)
+
+    def _attend_to(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return attend(query, key, value, visible, **self._softmax)
+
+    def _scores(self, query: Tensor, key: Tensor) -> Tensor:
+        return scores(query, key, **self._softmax)
+
+    @property
+    def _softmax(self) -> dict[str, Any]:
+        return {
+            "scale": self.call.kwargs.get("scaling"),
+            "softcap": self.call.kwargs.get("softcap"),
+        }
 
     def _by_slot(
         self, query: Tensor, key: Tensor, low: int, high: int, ranks: Tensor

@@ -60,7 +60,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool =
     model, tokenizer = load_base(base.model, base.revision, base.gguf_file, base.dtype)
     torch.manual_seed(recipe.train.seed)  # initialisation of the memory
     patch(model, recipe.method)
-    rows = training_rows(recipe, tokenizer, state.num_processes)
+    rows = training_rows(recipe, tokenizer, state.num_processes) if recipe.train.stages else []
     nn.Module.to(model, state.device)
     return run_stages(recipe, model, rows, output, resume, tokenizer)
 
@@ -239,4 +239,5 @@ def _save(recipe: Recipe, model: Any, output: Path, tokenizer: Any) -> None:
     from memretrofit.hub import save_pretrained
 
     save_pretrained(model, output, recipe=recipe.to_dict(), tokenizer=tokenizer)
-    plot_loss(output / LOG, output / PLOT)
+    if recipe.train.stages:
+        plot_loss(output / LOG, output / PLOT)

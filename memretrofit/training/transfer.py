@@ -181,6 +181,8 @@ class _LayerFit:
     def fit(self, call: Any) -> tuple[Tensor, Tensor | None]:
         """The attention of one layer: the memory learns, and the teacher's output goes on."""
         full, weights = call.full()  # [B, T, H, V]
+        if not any(p.requires_grad for p in call.seam.memory.parameters()):
+            return full, weights  # a layer with sinks and window alone has nothing to learn
         with torch.enable_grad():
             output = call.remember()[0]
         near = call.near()

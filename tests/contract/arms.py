@@ -3,6 +3,7 @@ by being there."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import fields, replace
 
 import pytest
@@ -12,6 +13,10 @@ from transformers import PreTrainedModel
 
 from memretrofit.config import MethodConfig
 from memretrofit.methods import available_methods, get_method
+from memretrofit.methods.streaming_llm import StreamingLLMConfig
+from memretrofit.methods.window_sinks import WindowSinksConfig
+from memretrofit.modules.memory import AttentionMemory
+from memretrofit.patching.surgery import ledger_of
 from memretrofit.retrofit import memory_parameters, patch
 
 WINDOW, SINKS = 8, 3
@@ -22,9 +27,27 @@ VARIANT = {"state_heads": "key_value", "key_space": "pre_rope", "center_keys": T
 """The other choice of each field that methods share, all at once."""
 
 
+SMALL = {
+    "sliding_window": WINDOW,
+    "num_sink_tokens": SINKS,
+    "block_size": 4,
+    "top_k": 2,
+    "num_modes": 6,
+    "min_event_size": 2,
+    "max_event_size": 4,
+    "recalled_tokens": 8,
+    "budget": EXACT + 5,
+    "interval": 4,
+    "observation_window": 5,
+    "pyramid_beta": 2,
+}
+"""Sizes that a test can fill, for the fields of these names."""
+
+
 def small(config: MethodConfig) -> MethodConfig:
-    """The same preset with a window that a test can fill."""
-    return replace(config, sliding_window=WINDOW, num_sink_tokens=SINKS)
+    """The same preset at sizes that a test can fill."""
+    names = {field.name for field in fields(config)}
+    return replace(config, **{name: size for name, size in SMALL.items() if name in names})
 
 
 def _discover() -> dict[str, MethodConfig]:
@@ -45,6 +68,15 @@ def _discover() -> dict[str, MethodConfig]:
 
 
 ARMS = _discover()
+EVERYTHING = {
+    "budget": 999,
+    "top_k": 99,
+    "num_modes": 99,
+    "similarity_threshold": 2.0,
+    "recalled_tokens": 999,
+}
+"""Sizes with which a memory that chooses what it reads leaves nothing out."""
+
 METHODS_WITH_MEMORY = {
     arm for arm, c in ARMS.items() if c.method not in ("window_sinks", "streaming_llm")
 }
@@ -53,11 +85,28 @@ METHODS_WITH_MEMORY = {
 def refuses(family: str, arm: str) -> bool:
     """Whether the method cannot serve the family: MLA rotates a part of its keys that is not a
     slice of whole heads."""
-    config = ARMS[arm]
-    needs_rotation = (
-        getattr(config, "key_space", "") == "pre_rope" or config.method == "streaming_llm"
-    )
-    return family == "deepseek_v3" and needs_rotation
+    return family == "deepseek_v3" and _moves_rotations(arm)
+
+
+def grows(arm: str) -> bool:
+    """Whether the state grows with the text."""
+    return _memory(arm).state_nbytes(10_000) > _memory(arm).state_nbytes(5_000)
+
+
+@functools.cache
+def _memory(arm: str) -> AttentionMemory:
+    (seam,) = ledger_of(patch(build("llama", layers=1), ARMS[arm])).seams.values()
+    return seam.memory
+
+
+def sinks_move(arm: str) -> bool:
+    """Whether sinks stand at their place in the cache."""
+    return _memory(arm).positions == "slot"
+
+
+def _moves_rotations(arm: str) -> bool:
+    """Whether the memory asks for keys before their rotary embedding, or for other positions."""
+    return _memory(arm).key_space == "pre_rope" or sinks_move(arm)
 
 
 def identity(arm: str) -> str:
@@ -65,11 +114,23 @@ def identity(arm: str) -> str:
     return get_method(ARMS[arm].method).identity
 
 
-LIVE = [(family, arm) for family in FAMILIES for arm in ARMS if not refuses(family, arm)]
+LIVE = [
+    (family, arm)
+    for family in FAMILIES
+    for arm in ARMS
+    # presets differ in sizes and parts, not in how they enter a model: one family is enough
+    if not refuses(family, arm) and (family == "llama" or arm == ARMS[arm].method)
+]
 REFUSED = [(family, arm) for family in FAMILIES for arm in ARMS if refuses(family, arm)]
 every_live = pytest.mark.parametrize(("family", "arm"), LIVE, ids=["-".join(x) for x in LIVE])
 every_arm = pytest.mark.parametrize("arm", list(ARMS))
 every_memory = pytest.mark.parametrize("arm", sorted(METHODS_WITH_MEMORY))
+TRAINABLE = sorted(
+    arm
+    for arm in METHODS_WITH_MEMORY
+    if memory_parameters(patch(build("llama", layers=1), ARMS[arm]))
+)
+every_trainable = pytest.mark.parametrize("arm", TRAINABLE)
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
 
 
@@ -87,11 +148,27 @@ def activate(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def patched(family: str, arm: str, *, live: bool = True, **build_options) -> PreTrainedModel:
+def window_alone(family: str, arm: str, **build_options) -> PreTrainedModel:
+    """A tiny model with the sinks and window of `arm` and no memory."""
+    config, kind = ARMS[arm], StreamingLLMConfig if sinks_move(arm) else WindowSinksConfig
+    sizes = {"sliding_window": config.sliding_window, "num_sink_tokens": config.num_sink_tokens}
+    return patch(build(family, **build_options), kind(**sizes))
+
+
+def reading_all(arm: str) -> MethodConfig:
+    """The config of `arm`, choosing everything."""
+    config = ARMS[arm]
+    names = {field.name for field in fields(config)}
+    return replace(config, **{n: size for n, size in EVERYTHING.items() if n in names})
+
+
+def patched(
+    family: str, arm: str, *, live: bool = True, reads_all: bool = False, **build_options
+) -> PreTrainedModel:
     """A tiny model with the method of `arm`, always with the same parameters; `live` activates
-    the memory."""
-    model = build(family, **build_options)
+    the memory, `reads_all` lets it choose everything."""
+    model, config = build(family, **build_options), reading_all(arm) if reads_all else ARMS[arm]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        patch(model, ARMS[arm])
+        patch(model, config)
     return activate(model) if live else model

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from memretrofit.modules.store import Store
+from memretrofit.patching.cache import MemoryLayer
+
 
 @torch.no_grad()
 def one_pass(model: PreTrainedModel, ids: Tensor, **kwargs) -> Tensor:
@@ -76,6 +79,12 @@ def additive(seen: Tensor, ids: Tensor) -> Tensor:
     """A bool [T, T] as the float mask [B, 1, T, T] that both sdpa and eager add to their scores."""
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     return mask.expand(ids.shape[0], 1, *seen.shape)
+
+
+def states(cache: Cache) -> list[Tensor]:
+    """What the memories of a cache hold, rows first."""
+    held = [x for layer in cache.layers if isinstance(layer, MemoryLayer) for x in layer.state]
+    return [y for x in held for y in (x.live() if isinstance(x, Store) else (x,))]
 
 
 def apart(a: Tensor, b: Tensor) -> float:

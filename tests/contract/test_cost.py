@@ -6,12 +6,23 @@ import copy
 
 import pytest
 import torch
-from contract.arms import ARMS, EXACT, SINKS, WINDOW, every_arm, every_live, patched, refuses
-from contract.families import FAMILIES, build, tokens
-from contract.runs import apart, in_pieces, one_pass
+from contract.arms import (
+    ARMS,
+    EXACT,
+    LIVE,
+    SINKS,
+    WINDOW,
+    every_arm,
+    every_live,
+    patched,
+    reading_all,
+)
+from contract.families import build, tokens
+from contract.runs import apart, in_pieces, one_pass, states
 from tolerances import HALF
 
 from memretrofit.modules.rolling import SPARE_COLUMNS
+from memretrofit.modules.store import Store
 from memretrofit.patching.cache import MemoryLayer
 from memretrofit.patching.controls import writes_disabled
 from memretrofit.retrofit import memory_parameters, patch
@@ -26,16 +37,25 @@ def memory_layers(cache) -> list[MemoryLayer]:
 
 
 def half_precision(family: str, arm: str, how: str):
-    """A bfloat16 model that is patched, or a patched model that becomes one."""
+    """A bfloat16 model that is patched, or a patched model that becomes one. It reads all: what
+    half precision would choose is not compared."""
     model = build(family, layers=1)
     trained = {n: p.detach() for n, p in memory_parameters(patched(family, arm, layers=1)).items()}
     if how == "before":
         model.bfloat16()
-    patch(model, ARMS[arm])
+    patch(model, reading_all(arm))
     with torch.no_grad():
         for name, parameter in memory_parameters(model).items():
             parameter.copy_(trained[name])
     return model.bfloat16() if how == "after" else model
+
+
+def distance(family: str, found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference. A router may send a token to another expert in half precision, as
+    the stock model does here: two tokens of a mixture do not count."""
+    spare = 2 if family in ("mixtral", "deepseek_v3") else 0
+    per_token = (found - expected).abs().amax(-1).flatten().sort().values
+    return per_token[-1 - spare].item()
 
 
 @pytest.mark.parametrize("how", ["before", "after"])
@@ -44,7 +64,7 @@ def test_a_half_precision_model_has_a_float32_state(family, arm, how):
     """Logits are finite and near those of float32, in one pass and in pieces; without writes
     they would not be."""
     reference, model, ids = (
-        patched(family, arm, layers=1),
+        patched(family, arm, layers=1, reads_all=True),
         half_precision(family, arm, how),
         tokens(2, LENGTH),
     )
@@ -55,21 +75,22 @@ def test_a_half_precision_model_has_a_float32_state(family, arm, how):
     tolerance = HALF * expected.abs().max().item()
     for logits in (found, pieces):
         assert logits.isfinite().all()
-        assert apart(logits.float(), expected) < tolerance
-    states = [x for layer in memory_layers(cache) for x in layer.state]
-    assert all(x.dtype == torch.float32 for x in states)
-    if states:
+        assert distance(family, logits.float(), expected) < tolerance
+    summed = [x for layer in memory_layers(cache) for x in layer.state if not isinstance(x, Store)]
+    assert all(x.dtype == torch.float32 for x in summed)
+    if states(cache):
         with writes_disabled(reference):
-            assert apart(one_pass(reference, ids), expected) > tolerance
+            assert distance(family, one_pass(reference, ids), expected) > tolerance
 
 
 @every_arm
 def test_autocast_leaves_the_state_in_float32(arm):
-    model, ids = patched("llama", arm, layers=1), tokens(2, LENGTH)
+    model, ids = patched("llama", arm, layers=1, reads_all=True), tokens(2, LENGTH)
     expected = one_pass(model, ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, cache = in_pieces(model, ids, (20, 21))
-    assert all(x.dtype == torch.float32 for layer in memory_layers(cache) for x in layer.state)
+    summed = [x for layer in memory_layers(cache) for x in layer.state if not isinstance(x, Store)]
+    assert all(x.dtype == torch.float32 for x in summed)
     assert apart(found.float(), expected) < HALF * expected.abs().max().item()
 
 
@@ -104,7 +125,8 @@ def predicted_bytes(family: str, arm: str, rows: int) -> int:
 
 
 KNOWN = ("ahn", "lolcats", "window_sinks", "streaming_llm")
-COUNTED = [(f, a) for f in FAMILIES for a in ARMS if not refuses(f, a) and ARMS[a].method in KNOWN]
+every_counted = pytest.mark.parametrize("arm", [a for a in ARMS if ARMS[a].method in KNOWN])
+COUNTED = [(family, arm) for family, arm in LIVE if ARMS[arm].method in KNOWN]
 
 
 @pytest.mark.parametrize(("family", "arm"), COUNTED, ids=["-".join(x) for x in COUNTED])
@@ -117,7 +139,7 @@ def test_the_bytes_of_a_conversation_are_what_shapes_predict(family, arm):
         assert {layer.nbytes() for layer in memory_layers(cache)} == {expected}
 
 
-@every_arm
+@every_counted
 def test_bytes_do_not_grow_with_the_text(arm):
     """I13, token by token: never above the prediction, and equal to it once the spare columns
     were used up once."""
@@ -132,7 +154,7 @@ def test_bytes_do_not_grow_with_the_text(arm):
             assert held(layer) <= expected
 
 
-@every_arm
+@every_counted
 def test_a_long_prompt_is_not_kept_alive(arm):
     """Right after prefill: views of a few columns must not hold the storage of all."""
     model = patched("llama", arm)
@@ -167,7 +189,7 @@ def test_a_copy_of_a_cache_holds_no_more(arm):
     _, cache = in_pieces(patched("llama", arm), tokens(1, 100), (30, 99))
     twin = copy.deepcopy(cache)
     for one, other in zip(memory_layers(cache), memory_layers(twin), strict=True):
-        assert held(other) == held(one)
+        assert held(other) <= held(one)
 
 
 @every_arm

@@ -5,16 +5,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract.arms import EXACT, METHODS_WITH_MEMORY, activate, every_memory, patched, refuses
-from contract.families import FAMILIES, build, tokens
-from contract.runs import in_pieces, one_pass
+from contract.arms import (
+    EXACT,
+    LIVE,
+    TRAINABLE,
+    activate,
+    every_memory,
+    every_trainable,
+    patched,
+)
+from contract.families import build, tokens
+from contract.runs import in_pieces, one_pass, states
 from torch.nn import functional as F
 
 from memretrofit.patching.controls import intercepted
 from memretrofit.retrofit import memory_disabled, memory_parameters
 
 LENGTH = 30
-LEARNERS = [(f, a) for f in FAMILIES for a in sorted(METHODS_WITH_MEMORY) if not refuses(f, a)]
+LEARNERS = [(family, arm) for family, arm in LIVE if arm in TRAINABLE]
 every_learner = pytest.mark.parametrize(
     ("family", "arm"), LEARNERS, ids=["-".join(x) for x in LEARNERS]
 )
@@ -44,7 +52,7 @@ def test_every_memory_parameter_learns_by_the_second_step(family, arm):
     assert all(p.grad is None for p in others.values())
 
 
-@every_memory
+@every_trainable
 def test_every_memory_parameter_takes_part_inside_the_window(arm):
     """Several processes must agree on which parameters have a gradient, also where one's text is
     short."""
@@ -111,7 +119,7 @@ def test_float64_is_float64(arm):
     """A float64 model has a float64 memory: nothing on the way rounds to float32."""
     model, ids = patched("llama", arm, layers=1).double(), tokens(1, LENGTH)
     _, cache = in_pieces(model, ids, (13, 14))
-    assert all(x.dtype == torch.float64 for x in cache.layers[0].state)
+    assert all(x.dtype == torch.float64 for x in states(cache))
     pieces, _ = in_pieces(model, ids, range(1, LENGTH))
     assert (pieces - one_pass(model, ids)).abs().max() < 1e-11
 
@@ -120,7 +128,7 @@ def test_float64_is_float64(arm):
 def test_the_base_model_learns_through_the_memory(arm):
     """With LoRA or a full finetune, gradients pass through the state into the projections that
     wrote it."""
-    model, ids = patched("llama", arm, layers=1), tokens(1, LENGTH)
+    model, ids = patched("llama", arm, layers=1, reads_all=True), tokens(1, LENGTH)
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
     model(inputs_embeds=embeddings, use_cache=False).logits[:, -1].sum().backward()
     assert (embeddings.grad.abs().amax(-1) > 0).all()
@@ -152,7 +160,7 @@ def test_a_trained_model_runs_and_is_disabled_like_a_fresh_one(arm):
         assert torch.equal(one_pass(model, ids), one_pass(build("llama"), ids))
 
 
-@every_memory
+@every_trainable
 @pytest.mark.parametrize("ends", [(), (17,), tuple(range(12, LENGTH))], ids=["1", "2", "steps"])
 def test_gradients_pass_through_a_cache(arm, ends):
     """Truncated or not, training may carry a cache, and a plain forward has one unless told

@@ -21,6 +21,7 @@ from contract.runs import apart, explicit_window, in_pieces, one_pass
 from tolerances import REORDERED, WRONG
 
 from memretrofit.errors import UnsupportedModelError
+from memretrofit.methods import get_method
 from memretrofit.patching.cache import MemoryLayer
 from memretrofit.retrofit import patch
 
@@ -56,10 +57,12 @@ def test_nothing_changes_until_something_leaves(family, arm, implementation):
         stepped_base, _ = in_pieces(base, ids, range(1, length))
         assert torch.equal(stepped, stepped_base)
         assert any(isinstance(layer, MemoryLayer) for layer in cache.layers)
-    ids = tokens(2, EXACT + 1)
+    # a memory may keep the first token that leaves exact, and choose among many
+    length = 3 * EXACT if get_method(ARMS[arm].method).family == "recall" else EXACT + 1
+    ids = tokens(2, length)
     found, expected = one_pass(model, ids), one_pass(base, ids)
     assert apart(found[:, -1], expected[:, -1]) > WRONG
-    assert apart(found[:, :-1], expected[:, :-1]) < REORDERED
+    assert apart(found[:, :EXACT], expected[:, :EXACT]) < REORDERED
 
 
 @pytest.mark.parametrize("rows", [1, 3])

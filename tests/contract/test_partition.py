@@ -8,6 +8,7 @@ import torch
 from contract.arms import (
     ARMS,
     EXACT,
+    LIVE,
     METHODS_WITH_MEMORY,
     SINKS,
     WINDOW,
@@ -15,9 +16,10 @@ from contract.arms import (
     every_live,
     every_memory,
     patched,
-    refuses,
+    sinks_move,
+    window_alone,
 )
-from contract.families import FAMILIES, VOCABULARY, build, tokens
+from contract.families import VOCABULARY, build, tokens
 from contract.runs import (
     apart,
     explicit_window,
@@ -27,11 +29,12 @@ from contract.runs import (
 from tolerances import ONE_LAYER, REORDERED, WRONG
 
 from memretrofit.errors import StateError
+from memretrofit.methods import get_method
 from memretrofit.patching.controls import state_shuffled, window_override, writes_disabled
 from memretrofit.retrofit import memory_disabled, memory_parameters
 
 LENGTH = 30
-SEEN = [(f, a) for f in FAMILIES for a in sorted(METHODS_WITH_MEMORY) if not refuses(f, a)]
+SEEN = [(family, arm) for family, arm in LIVE if arm in METHODS_WITH_MEMORY]
 
 
 def influence(model) -> torch.Tensor:
@@ -61,7 +64,7 @@ def test_every_earlier_token_counts_and_no_other(family, arm):
     """I7 in one layer: with writes all j <= t, without writes exactly window and sinks. Forbids
     a token that falls
     between the two, which no tolerance on logits shows."""
-    model = patched(family, arm, layers=1)
+    model = patched(family, arm, layers=1, reads_all=True)
     hold_on(model)
     causal = torch.ones(LENGTH, LENGTH).tril().bool()
     with_state = influence(model)
@@ -84,14 +87,20 @@ def test_the_map_of_influence_rejects_a_window_that_is_off_by_one():
 
 @every_live
 def test_no_later_token_changes_anything(family, arm):
-    """I8, bit for bit, at the borders of the window and of a block."""
+    """I8, bit for bit, at the borders of the window and of a block; queries that fetch together
+    round alike only while they fetch as much.
+    """
     model, ids = patched(family, arm), tokens(2, LENGTH)
+    fetches = get_method(ARMS[arm].method).family == "recall"
     expected = one_pass(model, ids)
     for j in (1, SINKS, EXACT - 1, EXACT, EXACT + 1, LENGTH - 1):
         changed = ids.clone()
         changed[:, j] = (changed[:, j] + 1) % VOCABULARY
         found = one_pass(model, changed)
-        assert torch.equal(found[:, :j], expected[:, :j])
+        if fetches:
+            assert apart(found[:, :j], expected[:, :j]) < ONE_LAYER
+        else:
+            assert torch.equal(found[:, :j], expected[:, :j])
         assert apart(found[:, j], expected[:, j]) > WRONG
 
 
@@ -102,9 +111,7 @@ def test_without_writes_a_memory_is_its_window(family, arm, live):
     there."""
     model, ids = patched(family, arm, live=live), tokens(2, LENGTH)
     has_memory = arm in METHODS_WITH_MEMORY
-    expected = (
-        explicit_window(build(family), ids, WINDOW, SINKS) if has_memory else one_pass(model, ids)
-    )
+    expected = one_pass(window_alone(family, arm), ids) if has_memory else one_pass(model, ids)
     if arm == "window_sinks":
         assert apart(expected, explicit_window(build(family), ids, WINDOW, SINKS)) < REORDERED
     with writes_disabled(model):
@@ -146,8 +153,8 @@ def test_interleaved_conversations_do_not_meet(arm):
 @every_memory
 def test_a_shuffled_state_is_the_state_of_the_next_row(arm):
     """In one layer the shuffled model is: this row's window, the next row's state. Equal rows
-    hide it, others do not."""
-    model = patched("llama", arm, layers=1)
+    hide it, others do not. What is chosen may hang on the logits (`em_llm`), so all is read."""
+    model = patched("llama", arm, layers=1, reads_all=True)
     same = tokens(1, LENGTH).expand(3, -1)
     with state_shuffled(model):
         assert apart(one_pass(model, same), one_pass(model, same)) == 0
@@ -181,7 +188,7 @@ def test_another_window_for_one_forward(arm):
         assert torch.equal(one_pass(model, ids), one_pass(build("llama"), ids))
     assert apart(narrow, expected) > WRONG
     assert torch.equal(one_pass(model, ids), expected)
-    if ARMS[arm].method != "streaming_llm":
+    if not sinks_move(arm):
         assert apart(no_state, explicit_window(build("llama"), ids, 5, 2)) < REORDERED
 
 

@@ -6,19 +6,14 @@ import pytest
 import torch
 from contract.arms import EXACT, SINKS, WINDOW, every_arm, every_live, patched
 from contract.families import tokens
-from contract.runs import apart, in_pieces, left_padded, one_pass, positions_of
+from contract.runs import apart, in_pieces, left_padded, one_pass, positions_of, states
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tolerances import REORDERED, WRONG
-
-from memretrofit.patching.cache import MemoryLayer
+from torch.nn import functional as F
 
 LENGTH = 40
 ends = st.lists(st.integers(1, LENGTH - 1), max_size=8, unique=True).map(sorted)
-
-
-def states(cache) -> list[torch.Tensor]:
-    return [x for layer in cache.layers if isinstance(layer, MemoryLayer) for x in layer.state]
 
 
 @every_live
@@ -133,6 +128,8 @@ def test_a_padded_row_keeps_its_state_while_neighbours_fold(arm):
     for n, row in enumerate(rows):
         _, alone = in_pieces(model, row[None], (7, 16))
         for together, single in zip(states(cache), states(alone), strict=True):
+            if together.shape[1:] != single.shape[1:]:  # a store's row is as long as its tokens
+                single = F.pad(single, (0, 0, 0, together.shape[2] - single.shape[2]))
             assert apart(together[n], single[0]) < REORDERED
 
 

@@ -11,12 +11,12 @@ from contract.arms import SINKS, WINDOW, activate
 from contract.families import build, tokens
 from contract.runs import apart
 from methods.captured import attention_of
+from modules.folding import folding
 from tolerances import ONE_LAYER, WRONG
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from memretrofit.methods.ahn import AHN_DN, AHN_GDN, AHN_MAMBA2, AHNConfig
-from memretrofit.modules.memory import Block
 from memretrofit.modules.recurrent import RecurrentMemory
 from memretrofit.patching.controls import writes_disabled
 from memretrofit.retrofit import memory_parameters, patch
@@ -145,11 +145,8 @@ def test_the_hand_case_of_the_gated_rule():
     features = torch.stack([step.expm1().clamp(min=1e-30).log(), torch.logit(beta, eps=1e-7)], -1)
     key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     value = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 1.0]])
-    block = Block(
-        query=None, hidden=None, local=lambda: None, attend=lambda: None,
-        leaving_key=key[None, None], leaving_value=value[None, None],
-        leaving_features=features[None], writes=torch.ones(1, 3, dtype=torch.bool),
-    )  # fmt: skip
+    writes = torch.ones(1, 3, dtype=torch.bool)
+    block = folding(key[None, None], value[None, None], features[None], writes)
     _, (state,) = memory(block, memory.initial_state(1, key))
     expected = torch.tensor([[0.145, 0.23], [1.36, 1.64]])
     assert apart(state[0, 0], expected) < 1e-5

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from modules.folding import folding
 
 from memretrofit.modules.feature_map import FeatureMapMemory
-from memretrofit.modules.memory import Block
 from memretrofit.modules.recurrent import RecurrentMemory
 
 SHAPE = {"num_heads": 2, "num_state_heads": 2, "key_dim": 4, "value_dim": 3}
@@ -31,15 +31,11 @@ def folded(memory, state, count, writes):
     features = None
     if memory.write_features is not None:
         features = memory.write_features(torch.randn(1, count, 5, generator=generator))
-    block = Block(
-        query=None,
-        hidden=None,
-        local=lambda: None,
-        attend=lambda: None,
-        leaving_key=torch.randn(1, 2, count, 4, generator=generator),
-        leaving_value=torch.randn(1, 2, count, 3, generator=generator),
-        leaving_features=features,
-        writes=torch.tensor([[n in writes for n in range(count)]]),
+    block = folding(
+        torch.randn(1, 2, count, 4, generator=generator),
+        torch.randn(1, 2, count, 3, generator=generator),
+        features,
+        torch.tensor([[n in writes for n in range(count)]]),
     )
     with torch.no_grad():
         return memory(block, state)[1]

@@ -49,7 +49,8 @@ def test_every_recipe_says_how_to_run_it_and_runs_in_small(path, tmp_path):
     loaded = load_recipe(path)
     run_small(loaded, SMOLLM2, tmp_path)
     stages = [(stage, step) for stage in loaded.train.stages for step in (1, 2)]
-    assert [(stage, step) for stage, step, _ in losses(tmp_path)] == stages
+    assert (tmp_path / "log.jsonl").is_file() == bool(stages)
+    assert not stages or [(stage, step) for stage, step, _ in losses(tmp_path)] == stages
     assert (tmp_path / "memory.safetensors").is_file()
 
 

@@ -91,7 +91,7 @@ def slot_access(model: nn.Module, rows: Tensor) -> SlotAccess:
             f"pass at least {kept + 1} tokens"
         )
     for memory in memories:
-        if not memory.state_nbytes():
+        if not memory.state_nbytes(1):
             raise ConfigError(
                 f"slot_access: {type(memory).__name__} keeps no state, so it has no slots. Patch "
                 "a method that has one, such as AHNConfig()."

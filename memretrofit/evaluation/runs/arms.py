@@ -185,7 +185,7 @@ def _patched_arms(
     model: Any, tokenizer: Any, window: int | None, chunk_size: int, seed: int
 ) -> dict[str, Answerer]:
     adapted = is_peft(model)
-    stateless = not any(seam.memory.state_nbytes() for seam in ledger_of(model).seams.values())
+    stateless = not any(seam.memory.state_nbytes(1) for seam in ledger_of(model).seams.values())
     fresh_is_silent = stateless or get_method(patched_config(model).method).identity == "window"
     arm = partial(ModelArm, model, tokenizer, chunk_size=chunk_size)
     is_trained = memory_state(model, seed) == "trained"
