@@ -28,9 +28,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from memretrofit.hub import from_pretrained, push_to_hub, save_pretrained
+    from memretrofit.hub import (
+        from_pretrained,
+        load_memory,
+        push_to_hub,
+        save_memory,
+        save_pretrained,
+    )
     from memretrofit.methods import available_methods
     from memretrofit.methods.ahn import AHNConfig
+    from memretrofit.methods.camelot import CAMELoTConfig
+    from memretrofit.methods.composed import ComposedConfig
+    from memretrofit.methods.em_llm import EMLLMConfig
+    from memretrofit.methods.eviction import EvictionConfig
+    from memretrofit.methods.head_plan import HeadPlanConfig
+    from memretrofit.methods.infllm import InfLLMConfig
+    from memretrofit.methods.knn_memory import KNNMemoryConfig
+    from memretrofit.methods.landmark import LandmarkConfig
     from memretrofit.methods.lolcats import LoLCATsConfig
     from memretrofit.methods.streaming_llm import StreamingLLMConfig
     from memretrofit.methods.window_sinks import WindowSinksConfig
@@ -38,6 +52,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AHNConfig",
+    "CAMELoTConfig",
+    "ComposedConfig",
+    "EMLLMConfig",
+    "EvictionConfig",
+    "HeadPlanConfig",
+    "InfLLMConfig",
+    "KNNMemoryConfig",
+    "LandmarkConfig",
     "LoLCATsConfig",
     "StreamingLLMConfig",
     "WindowSinksConfig",
@@ -45,9 +67,11 @@ __all__ = [
     "available_methods",
     "describe",
     "from_pretrained",
+    "load_memory",
     "memory_disabled",
     "patch",
     "push_to_hub",
+    "save_memory",
     "save_pretrained",
     "unpatch",
 ]
@@ -56,9 +80,11 @@ _HOMES = {
     "available_methods": "methods",
     "describe": "retrofit",
     "from_pretrained": "hub",
+    "load_memory": "hub",
     "memory_disabled": "retrofit",
     "patch": "retrofit",
     "push_to_hub": "hub",
+    "save_memory": "hub",
     "save_pretrained": "hub",
     "unpatch": "retrofit",
 }

@@ -15,6 +15,14 @@ from memretrofit.methods import available_methods
 
 PUBLIC = {
     "AHNConfig",
+    "CAMELoTConfig",
+    "ComposedConfig",
+    "EMLLMConfig",
+    "EvictionConfig",
+    "HeadPlanConfig",
+    "InfLLMConfig",
+    "KNNMemoryConfig",
+    "LandmarkConfig",
     "LoLCATsConfig",
     "StreamingLLMConfig",
     "WindowSinksConfig",
@@ -22,9 +30,11 @@ PUBLIC = {
     "available_methods",
     "describe",
     "from_pretrained",
+    "load_memory",
     "memory_disabled",
     "patch",
     "push_to_hub",
+    "save_memory",
     "save_pretrained",
     "unpatch",
 }

@@ -3,11 +3,21 @@
 A saved memory is a folder (or a Hub repository) with `memory_config.json`, which names the method,
 the base model, and every other file by its hash; `memory.safetensors`; a PEFT adapter where the
 model had one; and a model card. The base model's weights are never in it.
+
+What a cache of a patched model holds, one conversation, is saved by `save_memory`: see
+`memory_file`.
 """
 
 from memretrofit.hub.base import load_base, load_tokenizer, tokenizer_of
 from memretrofit.hub.fingerprint import check_tokenizer, tokenizer_fingerprint, weight_fingerprint
 from memretrofit.hub.loading import from_pretrained
+from memretrofit.hub.memory_file import load_memory, save_memory
+from memretrofit.hub.memory_record import (
+    Remembered,
+    read_remembered,
+    remembered_ids,
+    verify_memory,
+)
 from memretrofit.hub.record import BaseRecord, Record, read_record
 from memretrofit.hub.remote import push_to_hub
 from memretrofit.hub.saving import read_results, save_pretrained, write_card
@@ -15,16 +25,22 @@ from memretrofit.hub.saving import read_results, save_pretrained, write_card
 __all__ = [
     "BaseRecord",
     "Record",
+    "Remembered",
     "check_tokenizer",
     "from_pretrained",
     "load_base",
+    "load_memory",
     "load_tokenizer",
     "push_to_hub",
     "read_record",
+    "read_remembered",
     "read_results",
+    "remembered_ids",
+    "save_memory",
     "save_pretrained",
     "tokenizer_fingerprint",
     "tokenizer_of",
+    "verify_memory",
     "weight_fingerprint",
     "write_card",
 ]

@@ -141,6 +141,18 @@ def check_base(model: nn.Module, base: BaseRecord, directory: Path) -> None:
     Raises:
         CheckpointError: another architecture, vocabulary or other weights.
     """
+    if told := base_differences(model, base):
+        raise CheckpointError(
+            f"The memory in {directory} was made for {base}. This is another model, {told}. "
+            "Load that base (base=None does), unquantised and without merged adapters. Nothing "
+            "was patched."
+        )
+
+
+def base_differences(model: nn.Module, base: BaseRecord) -> str:
+    """The name of the base model inside `model` and how it differs from `base`; empty where it is
+    the same.
+    """
     inner = unwrapped(model)
     found = {
         "model type": inner.config.model_type,
@@ -151,18 +163,13 @@ def check_base(model: nn.Module, base: BaseRecord, directory: Path) -> None:
         found = {"weight fingerprint": weight_fingerprint(inner)}
         expected = {"weight fingerprint": base.weight_fingerprint}
     if found == expected:
-        return
+        return ""
     told = "; ".join(
         f"{key} {found[key]}, recorded {expected[key]}"
         for key in found
         if found[key] != expected[key]
     )
-    raise CheckpointError(
-        f"The memory in {directory} was made for {base}. "
-        f"This is another model, {inner.name_or_path or type(inner).__name__}: {told}. "
-        "Load that base (base=None does), unquantised and without merged adapters. Nothing was "
-        "patched."
-    )
+    return f"{inner.name_or_path or type(inner).__name__}: {told}"
 
 
 def find_base(model: str, gguf_file: str | None) -> tuple[str, str | None]:

@@ -62,14 +62,14 @@ def staging(directory: Path) -> Iterator[Path]:
 def publish(staged: Path, directory: Path, names: Sequence[str], after: Sequence[str]) -> None:
     """Move `names`, then the record, then `after` from `staged` into `directory`."""
     for path in staged.iterdir():
-        _sync(path)
+        sync(path)
     for stale in _keep_previous(directory) - {*names}:
         (directory / stale).unlink(missing_ok=True)
     for name in names:
         os.replace(staged / name, directory / name)
-    _sync(directory)
+    sync(directory)
     os.replace(staged / CONFIG, directory / CONFIG)
-    _sync(directory)
+    sync(directory)
     for name in after:
         os.replace(staged / name, directory / name)
     shutil.rmtree(directory / PREVIOUS, ignore_errors=True)
@@ -93,8 +93,8 @@ def _keep_previous(directory: Path) -> set[str]:
         previous.mkdir()
         for name in files:
             _link(directory / name, previous / name)
-        _sync(previous)
-        _sync(directory)
+        sync(previous)
+        sync(directory)
     return {*files}
 
 
@@ -103,7 +103,7 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without links
         shutil.copyfile(source, target)
-        _sync(target)
+        sync(target)
 
 
 def locate(directory: Path, record: Record) -> Path:
@@ -148,7 +148,7 @@ def _complete(folder: Path, files: Mapping[str, str]) -> bool:
         return False
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk."""
     if path.is_dir() and os.name != "posix":
         return  # such a handle exists on POSIX alone

@@ -24,20 +24,21 @@ from memretrofit.hub.record import TensorSpec, tensor_spec
 MOST_HEADER_BYTES = 16 << 20
 """Above this it is no header of a memory or an adapter, which has some hundred bytes a tensor."""
 
-_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-FLOATING = frozenset(_NAMES.values())
+"""Type of each name that safetensors gives to one."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATING = frozenset(name for name, dtype in DTYPES.items() if dtype.is_floating_point)
 
 
 def spec_of(tensor: Tensor) -> TensorSpec:
@@ -83,33 +84,43 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MOST_HEADER_BYTES, size - 8):
-                raise _damaged(path, f"its header claims {length} bytes, the file has {size}")
+                raise damaged(path, f"its header claims {length} bytes, the file has {size}")
             values = json.loads(file.read(length))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not JSON ({error})") from error
+        raise damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise _damaged(path, "its header is not a JSON object")
+        raise damaged(path, "its header is not a JSON object")
     metadata = values.pop("__metadata__", {})
     specs: dict[str, TensorSpec] = {}
     spans: list[tuple[int, int]] = []
     for name, entry in values.items():
         entry = entry if isinstance(entry, dict) else {}
         spec, span = tensor_spec(entry.get("shape"), entry.get("dtype")), entry.get("data_offsets")
-        if spec is None or span is None or spec.dtype not in _BYTES or not _is_span(span):
-            raise _damaged(path, f"its header has no legal dtype, shape and offsets for {name!r}")
-        if span[1] - span[0] != math.prod(spec.shape) * _BYTES[spec.dtype]:
-            raise _damaged(
-                path, f"{name!r} is {spec}, which does not fit {span[1] - span[0]} bytes"
-            )
+        if spec is None or span is None or spec.dtype not in DTYPES or not _is_span(span):
+            raise damaged(path, f"its header has no legal dtype, shape and offsets for {name!r}")
+        if span[1] - span[0] != math.prod(spec.shape) * DTYPES[spec.dtype].itemsize:
+            raise damaged(path, f"{name!r} is {spec}, which does not fit {span[1] - span[0]} bytes")
         specs[name] = spec
         spans.append((span[0], span[1]))
     spans.sort()
     ends = [0, *(end for _, end in spans)]
     if [start for start, _ in spans] != ends[:-1] or ends[-1] != size - 8 - length:
-        raise _damaged(path, f"its tensors need {ends[-1]} bytes, the file has {size - 8 - length}")
+        raise damaged(path, f"its tensors need {ends[-1]} bytes, the file has {size - 8 - length}")
     return specs, metadata if isinstance(metadata, dict) else {}
+
+
+def data_offsets(path: Path) -> dict[str, int]:
+    """Byte at which each tensor of a file begins whose header was checked."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        values = json.loads(file.read(length))
+    return {
+        name: 8 + length + entry["data_offsets"][0]
+        for name, entry in values.items()
+        if name != "__metadata__"
+    }
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -122,7 +133,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     if faulty := not_finite(tensors):
         raise CheckpointError(
             f"{path}: not finite in {', '.join(faulty[:5])}. Save or download it again."
@@ -156,5 +167,6 @@ def _is_span(value: Any) -> bool:
     )
 
 
-def _damaged(path: Path, why: str) -> CheckpointError:
+def damaged(path: Path, why: str) -> CheckpointError:
+    """The error for a file whose content is not what was written."""
     return CheckpointError(f"{path} is damaged or truncated: {why}. Save or download it again.")
