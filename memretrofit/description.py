@@ -14,6 +14,7 @@ attention sees.
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -160,7 +161,7 @@ def _memory_cost(layer: MemoryLayer, memory: AttentionMemory) -> _LayerCost:
     return _LayerCost(
         per_token=sum(x.nbytes // x.shape[-2] for x in columns),
         most=layer.num_sink_tokens + layer.sliding_window,
-        state=memory.state_nbytes,
+        state=functools.partial(memory.state_nbytes, itemsize=columns[0].element_size()),
         spare=SPARE_COLUMNS,
     )
 

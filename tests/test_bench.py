@@ -80,6 +80,8 @@ def test_the_whole_bench_on_a_tiny_model(script, tmp_path, capsys):
         lengths="32,0.0625k",
         decode_contexts="8,1k",
         rule_lengths="70",
+        recall_contexts="1k",
+        disk_tokens="0.5k",
         window=WINDOW,
         sinks=SINKS,
         repeats=1,
@@ -101,7 +103,7 @@ def test_the_whole_bench_on_a_tiny_model(script, tmp_path, capsys):
     forms = {(r["rule"], r["form"]) for r in report["rules"]}
     assert ("gated_delta", "transformers") in forms
     assert len(forms) == 7
-    for section in ("prefill", "decode", "overhead", "rules"):
+    for section in ("prefill", "decode", "overhead", "recall", "selection", "rules"):
         for row in report[section]:
             numbers = [
                 v for k, v in row.items() if isinstance(v, (int, float)) and k != "peak_bytes"
@@ -233,7 +235,8 @@ def test_a_ratio_is_taken_within_its_round():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("512", [512]), ("0.5k, 2K", [512, 2048]), ("64k", [65536])]
+    ("text", "expected"),
+    [("512", [512]), ("0.5k, 2K", [512, 2048]), ("64k", [65536]), ("1M", [1 << 20]), ("none", [])],
 )
 def test_lengths_count_in_units_of_1024(script, text, expected):
     assert script._lengths(text) == expected

@@ -78,7 +78,7 @@ class ComposedConfig(MethodConfig):
     top_k: int = 32
     """Blocks that a query fetches: top_k * block_size tokens."""
     granularity: Granularity = "head"
-    """Who chooses: each KV head, or all heads of a layer together."""
+    """Who chooses: each query head, the heads of a KV head together, or all heads of a layer."""
     positions: Positions = "clamp"
     """Where fetched keys stand; see `infllm`."""
     layers_to_transform: tuple[int, ...] | None = None

@@ -17,30 +17,32 @@ Equations (one KV head; q, k before the rotary embedding R; window W)::
 The model reads a long input in pieces of W tokens (`patching.pieces`): the surprise of a token is
 known at the end of the forward that it came in, and it leaves W tokens later.
 
-Differs from the paper: (1) a query chooses for itself, each KV head on its own, as in `infllm`;
+Differs from the paper: (1) a query chooses for itself, each KV head on its own;
 `granularity="layer"` is theirs. (2) Its neighbours are those of its own hits; there they wait in
 a queue that goes on from one decoding step to the next, so that a result depends on the steps. (3)
 A surprise is compared with the W before the token itself, there with those before its chunk. (4)
 The mean of all keys stands for an event, there of the four that received the most attention.
 (5) Edges stay where surprise puts them: refinement by the similarity of keys (off in the published
-configs) is in `ops.segment` only. (6) Sinks stand at their true distance.
+configs) is in `ops.segment` only. (6) Sinks stand
+at their place in the cache; at their own with positions="absolute".
 
 Reduces to: the base model until something leaves, and for any length with positions="absolute" and
-recalled_tokens of the whole text; `infllm` with events of one size and contiguity 0.
+recalled_tokens of the whole text; `infllm` of the same
+granularity with events of one size and contiguity 0.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from memretrofit.config import MethodConfig, Range
 from memretrofit.modules.events import EventMemory
-from memretrofit.modules.recall import Granularity, Positions
+from memretrofit.modules.recall import Positions
 from memretrofit.ops.segment import boundaries, places
 from memretrofit.patching.pieces import Piece, read_in_pieces
 from memretrofit.patching.sites import AttentionSite
@@ -72,7 +74,7 @@ class EMLLMConfig(MethodConfig):
     """Tokens that a query fetches, to the nearest whole event."""
     contiguity: Annotated[float, Range(least=0.0, most=1.0)] = 0.3
     """Share of these that goes to the neighbours of the events that fit the query."""
-    granularity: Granularity = "kv_head"
+    granularity: Literal["kv_head", "layer"] = "kv_head"
     """Who chooses: each KV head, or all heads of a layer together."""
     positions: Positions = "clamp"
     """Where fetched keys stand: at their `absolute` place, all at the border of the window

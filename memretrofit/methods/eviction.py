@@ -40,7 +40,7 @@ from memretrofit.ops.eviction import pyramid_budget
 from memretrofit.patching.sites import AttentionSite
 from memretrofit.patching.surgery import patch_attention
 
-PAPER = "arXiv:2404.14469"
+PAPER = "arXiv:2404.14469, arXiv:2406.02069, arXiv:2306.14048"
 FAMILY = "recall"
 IDENTITY = "none"
 """There is nothing to train: it reads what it keeps from the first token that leaves the window."""
@@ -69,7 +69,9 @@ class EvictionConfig(MethodConfig):
     kernel_size: Annotated[int, Range(least=1)] = 5
     """Neighbours whose scores are averaged under `snapkv`; odd."""
     pyramid_beta: Annotated[int, Range(least=1)] = 1
-    """The mean budget over that of the last layer (PyramidKV); 1 gives all layers the same."""
+    """The mean budget over that of the last layer (PyramidKV); 1 gives all layers the same. The
+    mean is over all layers of the model, patched or not.
+    """
     layers_to_transform: tuple[int, ...] | None = None
     """Layers to patch; None patches every layer with full softmax attention."""
 

@@ -18,10 +18,11 @@ the whole model. (2) The heads that share a KV head share its landmarks and thei
 (3) Exact attention over a sliding window and sinks, there over the query's own section. (4) Fetched
 keys stand at the border of the window (`positions`); the paper packs them by age ("stingy"
 positions), which is not built. (5) Distillation from the model's own full attention, there the
-next-token loss.
+next-token loss. Sinks stand at their place in the cache (at their own if "absolute").
 
 Reduces to: the base model until something leaves; attention over near(t) and far(t) where each
-landmark's logit is the log-sum-exp of its block: untrained and with block_size=1, InfLLM.
+landmark's logit is the log-sum-exp of its block: untrained and with block_size=1, `infllm` with
+granularity="kv_head".
 """
 
 from __future__ import annotations

@@ -44,9 +44,9 @@ class ComposedMemory(AttentionMemory):
         store, compressed = (part.initial_state(batch_size, like) for part in parts)
         return store + compressed
 
-    def state_nbytes(self, tokens: int = 0) -> int:
+    def state_nbytes(self, tokens: int = 0, itemsize: int = 4) -> int:
         """Bytes of one row's store and state."""
-        return self.recall.state_nbytes(tokens) + self.state.state_nbytes(tokens)
+        return self.recall.state_nbytes(tokens, itemsize) + self.state.state_nbytes(tokens)
 
     def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:
         """Fold what leaves into both; read the store, then the state beside window and recalled."""

@@ -61,10 +61,12 @@ class EventMemory(RecallMemory):
         begun = means.new_zeros(batch_size, self.state_heads, 1, self.key_dim)
         return (*super().initial_state(batch_size, like), means, sizes, begun)
 
-    def state_nbytes(self, tokens: int = 0) -> int:
-        """Bytes of one row's state in float32, if every event is as short as it may be."""
-        entry = 4 * (self.state_heads * self.key_dim + 1)
-        return super().state_nbytes(tokens) + tokens // self.least * entry
+    def state_nbytes(self, tokens: int = 0, itemsize: int = 4) -> int:
+        """Bytes of one row's state, if every event is as short as it may be."""
+        events, summary = tokens // self.least, 4 * self.state_heads * self.key_dim
+        # the store's own blocks have no summaries here
+        blocks = super().state_nbytes(tokens, itemsize) - -(-tokens // self.block_size) * summary
+        return blocks + events * (summary + 4)
 
     def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:
         """Store what leaves, and attend over the window and the events that each query chooses."""

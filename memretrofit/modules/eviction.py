@@ -112,7 +112,7 @@ class EvictionMemory(AttentionMemory):
         )
         return held.state()
 
-    def state_nbytes(self, tokens: int = 0) -> int:
+    def state_nbytes(self, tokens: int = 0, itemsize: int = 4) -> int:
         """Bytes of one row's state, float32."""
         room, pruned = self.capacity(0), tokens // self.interval * self.interval
         if pruned:

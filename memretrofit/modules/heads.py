@@ -62,9 +62,9 @@ class HeadPlanMemory(AttentionMemory):
             ),
         )
 
-    def state_nbytes(self, tokens: int = 0) -> int:
-        """Bytes of one row's store in float32, without the room that it keeps for growth."""
-        per_token = 4 * self.state_heads * (self.key_dim + self.value_dim) + 8
+    def state_nbytes(self, tokens: int = 0, itemsize: int = 4) -> int:
+        """Bytes of one row's store, without the room that it keeps for growth."""
+        per_token = itemsize * self.state_heads * (self.key_dim + self.value_dim) + 8
         return -(-tokens // BLOCK) * BLOCK * per_token if self.heads else 0
 
     def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:

@@ -157,8 +157,10 @@ class AttentionMemory(nn.Module):
         repeats = self.state_heads // x.shape[1]
         return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
 
-    def state_nbytes(self, tokens: int = 0) -> int:
-        """Bytes of one row's state, after so many tokens have left the window."""
+    def state_nbytes(self, tokens: int = 0, itemsize: int = 4) -> int:
+        """Bytes of one row's state after so many tokens have left the window; `itemsize` is that
+        of keys and values, for memories that hold these as they are.
+        """
         return 0
 
     def accesses(self, block: Block) -> Accesses:

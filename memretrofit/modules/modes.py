@@ -43,7 +43,7 @@ class ModesMemory(AttentionMemory):
         pairs = widened(like.new_zeros(*shape, self.key_dim + self.value_dim))
         return Modes(pairs, pairs.new_zeros(shape), pairs.new_zeros(shape))
 
-    def state_nbytes(self, tokens: int = 0) -> int:
+    def state_nbytes(self, tokens: int = 0, itemsize: int = 4) -> int:
         """Bytes of one row's state: the same for any text."""
         return 4 * self.state_heads * self.num_modes * (self.key_dim + self.value_dim + 2)
 

@@ -4,7 +4,8 @@ One softmax over two disjoint sets of tokens: sinks and window, as always, and t
 the query t fetches (Block size S, window W)::
 
     open(t)   = blocks whose last token has left the window at t
-    score     = sum over the query heads of a group of  R(pos(t)) q_t . mean of R(pos(j)) k_j
+    score     = R(pos(t)) q_t . mean of R(pos(j)) k_j,  of one head, or summed over those that
+                choose together
     far(t)    = the k best of open(t)  and  what has left the window and fills no block yet
     out_t     = merge(attend(q_t, window), attend(q_t, far(t)))
 
@@ -115,10 +116,10 @@ class RecallMemory(AttentionMemory):
             ),
         )
 
-    def state_nbytes(self, tokens: int = 0) -> int:
-        """Bytes of one row's store in float32, without the room that it keeps for growth."""
+    def state_nbytes(self, tokens: int = 0, itemsize: int = 4) -> int:
+        """Bytes of one row's store, without the room that it keeps for growth."""
         blocks = -(-tokens // self.block_size)
-        per_token = 4 * self.state_heads * (self.key_dim + self.value_dim) + 8
+        per_token = itemsize * self.state_heads * (self.key_dim + self.value_dim) + 8
         return blocks * (self.block_size * per_token + 4 * self.state_heads * self.key_dim)
 
     def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:

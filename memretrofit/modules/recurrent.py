@@ -117,7 +117,7 @@ class RecurrentMemory(AttentionMemory):
         shape = (batch_size, self.state_heads, self.key_dim, self.value_dim)
         return (widened(like.new_zeros(shape)),)
 
-    def state_nbytes(self, tokens: int = 0) -> int:
+    def state_nbytes(self, tokens: int = 0, itemsize: int = 4) -> int:
         """Bytes of one row's state: the same for any text."""
         return 4 * self.state_heads * self.key_dim * self.value_dim
 

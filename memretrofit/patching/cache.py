@@ -7,7 +7,7 @@ sequence length, so that positions and masks stay those of the base model, and k
 
 from __future__ import annotations
 
-import functools
+import weakref
 from typing import Any
 
 import torch
@@ -302,13 +302,28 @@ def upgrade(
         )
     fresh = MemoryLayer(owner, *(window or (memory.sliding_window, memory.num_sink_tokens)))
     cache.layers[layer_idx] = fresh
-    cache.crop = functools.partial(_crop_all, cache)  # type: ignore[method-assign]
+    cache.crop = _Crop(cache)  # type: ignore[method-assign]
     return fresh
 
 
-def _crop_all(cache: Cache, tokens_to_remove: int) -> None:
-    """`Cache.crop`, all layers or none."""
-    for layer in cache.layers:
-        if isinstance(layer, MemoryLayer):
-            layer.check_crop(tokens_to_remove)
-    type(cache).crop(cache, tokens_to_remove)
+class _Crop:
+    """`Cache.crop`, all layers or none.
+
+    It knows its cache weakly: a cycle would keep a dropped cache in memory until Python looks for
+    garbage, which a few large tensors do not make it do.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = weakref.ref(cache)
+
+    def __reduce__(self) -> tuple[type[_Crop], tuple[Cache | None]]:
+        """A copy of the cache crops itself."""
+        return _Crop, (self._cache(),)
+
+    def __call__(self, tokens_to_remove: int) -> None:
+        cache = self._cache()
+        assert cache is not None, "an attribute of the cache"
+        for layer in cache.layers:
+            if isinstance(layer, MemoryLayer):
+                layer.check_crop(tokens_to_remove)
+        type(cache).crop(cache, tokens_to_remove)

@@ -148,7 +148,7 @@ class _Reading:
         total = begin + self.new
         keep = self._kept_from(total, begin + again)
         ids = self._ids()
-        outputs, logits, hidden = [], [], []
+        count, last, logits, hidden = 0, None, [], []
         for low, high in self._pieces(begin, total):
             piece = slice(low - begin, high - begin)
             notes.open(ids[:, piece])
@@ -158,10 +158,12 @@ class _Reading:
                 self.segment, found.detach(), ids[:, piece], self._real(high), expected, keep
             )
             expected = None
-            outputs.append(output)
-            logits.append(found[:, max(keep - low, 0) :])
+            count, last = count + 1, output
+            # a copy: a slice would keep the logits of the whole piece alive
+            kept = found[:, max(keep - low, 0) :]
+            logits.append(kept if kept.shape == found.shape else kept.clone())
             hidden.append(output.get("hidden_states"))
-        return self._joined(outputs, logits, hidden, again)
+        return self._joined(last, count, logits, hidden, again)
 
     def _pieces(self, begin: int, total: int) -> list[tuple[int, int]]:
         first = self.window + self.sinks
@@ -216,15 +218,14 @@ class _Reading:
             before = (positions[..., :1] - 1).clamp(min=0)
             call["position_ids"] = torch.cat([before, positions], dim=-1)
 
-    def _joined(self, outputs: list, logits: list, hidden: list, again: int) -> Any:
+    def _joined(self, output: Any, count: int, logits: list, hidden: list, again: int) -> Any:
         """One output, as the model would have given it."""
-        output = outputs[-1]
         known = {"logits", "loss", "past_key_values", "hidden_states"}
         unknown = [name for name in output if name not in known and output[name] is not None]
-        if unknown and (len(outputs) > 1 or again):
+        if unknown and (count > 1 or again):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} was asked for {', '.join(unknown)} of an input that "
-                f"is read in {len(outputs)} pieces, and these cannot be joined. Do not ask for "
+                f"is read in {count} pieces, and these cannot be joined. Do not ask for "
                 f"them, or pass at most {self.window} tokens at once."
             )
         fields = dict(output)

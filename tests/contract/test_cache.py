@@ -4,6 +4,8 @@ a memory."""
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -71,6 +73,22 @@ def test_a_copy_of_a_filled_cache_is_a_second_conversation(family, arm):
     first = go_on(model, copy.deepcopy(twin), ids, FILLED)
     assert torch.equal(go_on(model, twin, ids, FILLED), first)
     assert apart(first, one_pass(model, ids)[:, FILLED:]) < REORDERED
+
+
+@every_arm
+def test_a_dropped_cache_is_freed_at_once(arm):
+    """Without a search for garbage, which a few large tensors never start. Its copies too."""
+    model, ids = patched("llama", arm), tokens(2, LENGTH)
+    _, cache = in_pieces(model, ids, (FILLED,))
+    twin = copy.deepcopy(cache)
+    gc.collect()
+    gc.disable()
+    try:
+        left = [weakref.ref(layer) for held in (cache, twin) for layer in held.layers]
+        del cache, twin
+        assert not any(ref() for ref in left)
+    finally:
+        gc.enable()
 
 
 @every_arm

@@ -14,6 +14,7 @@ from contract.arms import (
     WINDOW,
     every_arm,
     every_live,
+    grows,
     patched,
     reading_all,
 )
@@ -126,6 +127,7 @@ def predicted_bytes(family: str, arm: str, rows: int) -> int:
 
 KNOWN = ("ahn", "lolcats", "window_sinks", "streaming_llm")
 every_counted = pytest.mark.parametrize("arm", [a for a in ARMS if ARMS[a].method in KNOWN])
+every_bounded = pytest.mark.parametrize("arm", [a for a in ARMS if not grows(a)])
 COUNTED = [(family, arm) for family, arm in LIVE if ARMS[arm].method in KNOWN]
 
 
@@ -182,6 +184,17 @@ def held(layer: MemoryLayer) -> int:
 
     visit(vars(layer))
     return sum(storages.values())
+
+
+@every_bounded
+def test_a_bounded_state_stays_as_large_as_it_says(arm):
+    """Of every method whose state does not grow, token by token: once all room has been used, the
+    cache of a long text is at no time larger than that of a shorter one."""
+    model, ids, sizes, cache = patched("llama", arm), tokens(1, 240), [], None
+    for t in range(240):
+        _, cache = in_pieces(model, ids[:, t : t + 1], (), cache=cache)
+        sizes.append(sum(layer.nbytes() for layer in memory_layers(cache)))
+    assert max(sizes[160:]) == max(sizes[80:160])
 
 
 @every_arm
