@@ -65,7 +65,8 @@ def bench_disk(
         folder = Path(name) / "text.mem"
         say(f"saving {tokens} tokens to {folder}")
         cache = fill_store_cache(model, tokens, one_for_all=True)
-        caches, ids = [cache], random_ids(model, QUESTION + steps)
+        caches: list[Cache] = [cache]
+        ids = random_ids(model, QUESTION + steps)
         asked, *answers = ids.split([QUESTION, *[1] * steps], dim=1)
 
         def ask(ids: Tensor) -> None:

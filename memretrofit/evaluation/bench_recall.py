@@ -3,8 +3,8 @@ of blocks.
 
 As in `bench`, arms share their weights and take turns. A store is filled without reading: a real
 prefill of twice what the window keeps, then blocks of random keys and values that are appended at
-the slots where a text would have put them, and counters that are moved on behind them. Which blocks
-are chosen is then as good as random, so how often a choice repeats says nothing about text.
+the slots where a text would have put them, and counters that are moved on behind them. How often
+a choice of blocks repeats says nothing about text then.
 """
 
 from __future__ import annotations
