@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import string
@@ -171,7 +172,11 @@ def test_ctrl_c_while_reading_leaves_the_old_conversation(base: Path, tmp_path: 
     long.write_text(TEXT * 400)
     command = [sys.executable, "-m", "memretrofit", "remember", str(long), "-o", str(out)]
     command += ["--base", str(trained(base, tmp_path / "saved")), "--chunk-size", "16"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # a shell starts jobs in the background with SIGINT ignored, and children inherit that
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=heeding
+    ) as process:
         assert process.stderr is not None
         try:
             while "tokens/s" not in (line := process.stderr.readline()):  # until it is reading

@@ -93,6 +93,13 @@ def content_of(layer: Any, place: int) -> tuple[Content, dict[str, Written]]:
 
 
 def _memory_content(layer: MemoryLayer, place: int) -> tuple[Content, dict[str, Written]]:
+    kept = layer.streams["key"].view, layer.streams["value"].view
+    if kept[0] is not None and kept[1] is not None and kept[0].shape[-1] != kept[1].shape[-1]:
+        raise UnsupportedModelError(
+            f"Layer {place} of the cache keeps latents (MLA), of keys [{kept[0].shape[-1]}] and "
+            f"values [{kept[1].shape[-1]}], which have no form on disk yet. Keep the conversation "
+            "in this process."
+        )
     numbers = {name: getattr(layer, name) for name in _COUNTERS}
     numbers |= {"recording": int(layer.record_past), "carried": int(layer.carried)}
     numbers["state"] = len(layer.state)

@@ -77,8 +77,8 @@ class EMLLMConfig(MethodConfig):
     granularity: Literal["kv_head", "layer"] = "kv_head"
     """Who chooses: each KV head, or all heads of a layer together."""
     positions: Positions = "clamp"
-    """Where fetched keys stand: at their `absolute` place, all at the border of the window
-    (`clamp`, any length), or `grouped` in steps of 8.
+    """Where fetched keys stand: at their `absolute` place, or all at the border of the window
+    (`clamp`: any length).
     """
     layers_to_transform: tuple[int, ...] | None = None
     """Layers to patch; None patches every layer with full softmax attention."""

@@ -55,8 +55,8 @@ class InfLLMConfig(MethodConfig):
     granularity: Granularity = "head"
     """Who chooses: each query head, the heads of a KV head together, or all heads of a layer."""
     positions: Positions = "clamp"
-    """Where fetched keys stand: at their `absolute` place, all at the border of the window
-    (`clamp`: any length), or `grouped` in steps of 8.
+    """Where fetched keys stand: at their `absolute` place, or all at the border of the window
+    (`clamp`: any length).
     """
     placement: Placement = "device"
     """Where the store lies: beside the model, in CPU memory (`host`), or in a temporary file that

@@ -53,8 +53,8 @@ class KNNMemoryConfig(MethodConfig):
     top_k: int = 32
     """Stored tokens that each head attends. The paper's number."""
     positions: Positions = "clamp"
-    """Where stored keys stand: at their `absolute` place, all at the border of the window
-    (`clamp`), or `grouped` in steps of 8. Sinks stay at their own place.
+    """Where stored keys stand: at their `absolute` place, or all at the border of the window
+    (`clamp`). Sinks stay at their own place.
     """
     memory_layers: tuple[int, ...] | None = None
     """Patched layers with a memory; the others have sinks and window alone. None: all. The paper

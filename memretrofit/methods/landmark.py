@@ -61,8 +61,8 @@ class LandmarkConfig(MethodConfig):
     training row has, so that every landmark learns.
     """
     positions: Positions = "clamp"
-    """Where fetched keys stand: at their `absolute` place, all at the border of the window
-    (`clamp`: any length), or `grouped` in steps of 8.
+    """Where fetched keys stand: at their `absolute` place, or all at the border of the window
+    (`clamp`: any length).
     """
     layers_to_transform: tuple[int, ...] | None = None
     """Layers to patch; None patches every layer with full softmax attention."""

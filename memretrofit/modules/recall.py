@@ -28,7 +28,7 @@ from memretrofit.modules.store import Store
 from memretrofit.ops.attend import merge
 from memretrofit.ops.select import choose_blocks, listed
 
-Positions = Literal["absolute", "clamp", "grouped"]
+Positions = Literal["absolute", "clamp"]
 Granularity = Literal["head", "kv_head", "layer"]
 
 QUERIES = 128
@@ -44,17 +44,10 @@ class Policy(NamedTuple):
     """j to the position of the key."""
 
 
-GROUP = 8
-"""Neighbouring far keys that share one position under `grouped`."""
-
 POSITIONS: dict[str, Policy] = {
     "absolute": Policy(lambda slot, window: slot, lambda slot: slot),
     # every far key stands at the border of the window (InfLLM, arXiv:2402.04617)
     "clamp": Policy(lambda slot, window: window.expand_as(slot), torch.zeros_like),
-    # distances beyond the window in steps of GROUP (SelfExtend, arXiv:2401.01325)
-    "grouped": Policy(
-        lambda slot, window: slot // GROUP + window - window // GROUP, lambda slot: slot // GROUP
-    ),
 }
 
 

@@ -28,7 +28,6 @@ CONFIG = InfLLMConfig(sliding_window=WINDOW, num_sink_tokens=SINKS, block_size=B
 PLACES = {
     "absolute": (lambda t: t, lambda j: j),
     "clamp": (lambda t: WINDOW, lambda j: 0),
-    "grouped": (lambda t: t // 8 + WINDOW - WINDOW // 8, lambda j: j // 8),
 }
 
 
