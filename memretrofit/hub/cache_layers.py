@@ -75,6 +75,21 @@ def kind_of(layer: Any, place: int) -> str:
     return kind
 
 
+def refuse_latents(layer: Any, site: AttentionSite) -> None:
+    """A cache of latents (MLA) does not hold what attention sees, and `load` could not check it.
+
+    Raises:
+        UnsupportedModelError: the layer keeps other shapes than the site's keys.
+    """
+    keys = getattr(layer, "keys", None)
+    if isinstance(keys, Tensor) and keys.shape[1::2] != (site.num_key_value_heads, site.key_dim):
+        raise UnsupportedModelError(
+            f"Layer {site.layer_idx} of the cache keeps {list(keys.shape)} where attention sees "
+            f"{site.num_key_value_heads} heads of {site.key_dim}: latents (MLA), which have no "
+            "form on disk yet. Keep the conversation in this process."
+        )
+
+
 def content_of(layer: Any, place: int) -> tuple[Content, dict[str, Written]]:
     """What has to be written of a layer.
 
@@ -93,13 +108,6 @@ def content_of(layer: Any, place: int) -> tuple[Content, dict[str, Written]]:
 
 
 def _memory_content(layer: MemoryLayer, place: int) -> tuple[Content, dict[str, Written]]:
-    kept = layer.streams["key"].view, layer.streams["value"].view
-    if kept[0] is not None and kept[1] is not None and kept[0].shape[-1] != kept[1].shape[-1]:
-        raise UnsupportedModelError(
-            f"Layer {place} of the cache keeps latents (MLA), of keys [{kept[0].shape[-1]}] and "
-            f"values [{kept[1].shape[-1]}], which have no form on disk yet. Keep the conversation "
-            "in this process."
-        )
     numbers = {name: getattr(layer, name) for name in _COUNTERS}
     numbers |= {"recording": int(layer.record_past), "carried": int(layer.carried)}
     numbers["state"] = len(layer.state)

@@ -35,7 +35,15 @@ from memretrofit.description import base_parameters
 from memretrofit.errors import CheckpointError, ConfigError, StateError, UnsupportedModelError
 from memretrofit.hub.adapter import is_peft
 from memretrofit.hub.base import base_differences, base_record
-from memretrofit.hub.cache_layers import FULL, SLIDING, Content, Slot, content_of, kind_of
+from memretrofit.hub.cache_layers import (
+    FULL,
+    SLIDING,
+    Content,
+    Slot,
+    content_of,
+    kind_of,
+    refuse_latents,
+)
 from memretrofit.hub.folder import sync
 from memretrofit.hub.mapped import Written, write_pieces
 from memretrofit.hub.memory_record import (
@@ -92,6 +100,9 @@ def save_memory(
     inner = unwrapped(model)
     ledger = ledger_of(inner)
     rows, tokens = _filled(cache, ledger)
+    for site in ledger.sites:
+        if site.layer_idx < len(cache.layers):
+            refuse_latents(cache.layers[site.layer_idx], site)
     contents = [content_of(layer, place) for place, layer in enumerate(cache.layers)]
     if input_ids is not None and tuple(input_ids.shape) != (rows, tokens):
         raise ConfigError(

@@ -19,7 +19,7 @@ from saved_conversations import FILLED, LENGTH, asked, filled
 from transformers import DynamicCache
 
 from memretrofit import load_memory, patch, save_memory
-from memretrofit.errors import CheckpointError
+from memretrofit.errors import CheckpointError, UnsupportedModelError
 from memretrofit.hub import read_remembered, remembered_ids, verify_memory
 from memretrofit.hub.mapped import Written, map_tensors, write_pieces
 
@@ -197,3 +197,12 @@ def test_pieces_are_one_tensor(tmp_path: Path) -> None:
             assert torch.equal(mapped[name], file.get_tensor(name))
     mapped["a"].zero_()
     assert torch.equal(map_tensors(tmp_path / "cut")["a"], long)
+
+
+def test_latents_are_refused_before_anything_is_written(tmp_path):
+    """MLA: what the cache keeps is not what attention sees, so a load could not check it."""
+    model = patched("deepseek_v3", "ahn")
+    cache = model(tokens(1, 37), use_cache=True).past_key_values
+    with pytest.raises(UnsupportedModelError, match="latents"):
+        save_memory(cache, model, tmp_path / "book.mem")
+    assert not (tmp_path / "book.mem").exists()
