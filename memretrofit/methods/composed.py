@@ -42,7 +42,7 @@ from memretrofit.config import MethodConfig
 from memretrofit.modules.composed import ComposedMemory
 from memretrofit.modules.feature_map import FeatureMapMemory
 from memretrofit.modules.memory import AttentionMemory
-from memretrofit.modules.recall import Granularity, Positions, RecallMemory
+from memretrofit.modules.recall import Granularity, Positions, RecallMemory, block_faults
 from memretrofit.modules.recurrent import RecurrentMemory, Rule
 from memretrofit.patching.sites import AttentionSite
 from memretrofit.patching.surgery import patch_attention
@@ -86,12 +86,7 @@ class ComposedConfig(MethodConfig):
 
     def problems(self) -> list[str]:
         """A block beyond the window, or a choice that the state does not have."""
-        found = []
-        if self.block_size > self.sliding_window:
-            found.append(
-                f"block_size={self.block_size} is larger than sliding_window="
-                f"{self.sliding_window}; choose a block of at most the window"
-            )
+        found = block_faults(self.block_size, self.sliding_window)
         if self.state == "lolcats" and (self.rule != "gated_delta" or self.center_keys):
             found.append(
                 f"rule={self.rule!r} and center_keys={self.center_keys} are choices of "

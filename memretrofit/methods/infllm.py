@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from memretrofit.config import MethodConfig
-from memretrofit.modules.recall import Granularity, Positions, RecallMemory
+from memretrofit.modules.recall import Granularity, Positions, RecallMemory, block_faults
 from memretrofit.modules.slab import Placement
 from memretrofit.patching.sites import AttentionSite
 from memretrofit.patching.surgery import patch_attention
@@ -69,12 +69,7 @@ class InfLLMConfig(MethodConfig):
 
     def problems(self) -> list[str]:
         """A block that is larger than the window would not be whole when its first token leaves."""
-        if self.block_size > self.sliding_window:
-            return [
-                f"block_size={self.block_size} is larger than sliding_window="
-                f"{self.sliding_window}; choose a block of at most the window"
-            ]
-        return []
+        return block_faults(self.block_size, self.sliding_window)
 
 
 INFLLM = InfLLMConfig(

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from memretrofit.config import MethodConfig
 from memretrofit.modules.landmark import LandmarkMemory
-from memretrofit.modules.recall import Positions
+from memretrofit.modules.recall import Positions, block_faults
 from memretrofit.patching.sites import AttentionSite
 from memretrofit.patching.surgery import patch_attention
 
@@ -69,12 +69,7 @@ class LandmarkConfig(MethodConfig):
 
     def problems(self) -> list[str]:
         """A block that is larger than the window would not be whole when its first token leaves."""
-        if self.block_size > self.sliding_window:
-            return [
-                f"block_size={self.block_size} is larger than sliding_window="
-                f"{self.sliding_window}; choose a block of at most the window"
-            ]
-        return []
+        return block_faults(self.block_size, self.sliding_window)
 
 
 LANDMARK = LandmarkConfig(sliding_window=255, num_sink_tokens=0, block_size=50, top_k=5)

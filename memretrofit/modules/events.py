@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from memretrofit.errors import StateError
 from memretrofit.modules.memory import Block, State, widened
-from memretrofit.modules.recall import QUERIES, RecallMemory
+from memretrofit.modules.recall import QUERIES, RecallMemory, joined
 from memretrofit.modules.store import NEVER, Store
 from memretrofit.ops.attend import merge
 from memretrofit.ops.segment import choose_events
@@ -132,10 +132,7 @@ class EventMemory(RecallMemory):
         """Attention over far tokens alone: o [B, H, C, V] and lse [B, H, C]. `left` [B, C] tokens
         have left before each query.
         """
-        assert block.query is not None
-        border = block.leaving_slots
-        window = (block.query_slots - border)[:1]
-        query = block.rotate(block.query, self.policy.query(block.query_slots, window)[None])
+        query, border = self.far_query(block), block.leaving_slots
         sizes = events.sizes[:, 0, :, 0].long()
         ends = sizes.cumsum(-1)
         wanted = self._chosen(query, events, sizes, ends, left)
@@ -150,8 +147,7 @@ class EventMemory(RecallMemory):
                 strict=True,
             )
         ]
-        outputs, normalisers = zip(*parts, strict=True)
-        return torch.cat(outputs, dim=2), torch.cat(normalisers, dim=2)
+        return joined(parts)
 
     def _chosen(
         self, query: Tensor, events: Events, sizes: Tensor, ends: Tensor, left: Tensor

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from memretrofit.modules.memory import Block, State, widened
-from memretrofit.modules.recall import Positions, RecallMemory
+from memretrofit.modules.recall import QUERIES, Positions, RecallMemory, joined
 from memretrofit.modules.store import Store
 from memretrofit.ops.select import choose_blocks
 
-QUERIES = 128
-"""Queries that fetch their tokens together, at most."""
 SCORES = 2**20
 """Scores that one head holds at a time: queries times stored tokens."""
 
@@ -84,17 +82,14 @@ class KNNMemory(RecallMemory):
 
     def far(self, block: Block, store: Store) -> tuple[Tensor, Tensor]:
         """Attention over each query's nearest tokens alone: o [B, H, C, V] and lse [B, H, C]."""
-        assert block.query is not None
-        border = block.leaving_slots
-        window = (block.query_slots - border)[:1]
-        query = block.rotate(block.query, self.policy.query(block.query_slots, window)[None])
+        query, border = self.far_query(block), block.leaving_slots
         size = min(QUERIES, max(1, SCORES // store.block_count()))
-        parts = [
-            self._read(q, *self.nearest(q, left, store), left, store, block)
-            for q, left in zip(query.split(size, dim=2), border.split(size), strict=True)
-        ]
-        outputs, normalisers = zip(*parts, strict=True)
-        return torch.cat(outputs, dim=2), torch.cat(normalisers, dim=2)
+        return joined(
+            [
+                self._read(q, *self.nearest(q, left, store), left, store, block)
+                for q, left in zip(query.split(size, dim=2), border.split(size), strict=True)
+            ]
+        )
 
     @torch.no_grad()
     def nearest(self, query: Tensor, border: Tensor, store: Store) -> tuple[Tensor, Tensor]:
@@ -121,9 +116,7 @@ class KNNMemory(RecallMemory):
     ) -> tuple[Tensor, Tensor]:
         (rows, heads, count, found), groups = index.shape, self.state_heads
         keys, values, slots = store.fetch(index.reshape(rows, groups, -1))
-        # what is not held may have any slot: its position only has to exist
-        positions = self.policy.key(slots.clamp(max=border[-1].clamp(min=0))).flatten(2)
-        placed = block.rotate(keys.flatten(2, 3).flatten(0, 1)[:, None], positions.flatten(0, 1))
+        placed = self.far_keys(keys, slots, border, block)
 
         def by_query(x: Tensor) -> Tensor:
             return x.reshape(rows, heads, count, found, -1).transpose(1, 2).flatten(0, 1)

@@ -15,7 +15,7 @@ keys stand for the rotary embedding is the position policy's choice (`POSITIONS`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -49,6 +49,26 @@ POSITIONS: dict[str, Policy] = {
     # every far key stands at the border of the window (InfLLM, arXiv:2402.04617)
     "clamp": Policy(lambda slot, window: window.expand_as(slot), torch.zeros_like),
 }
+
+
+def block_faults(block_size: int, sliding_window: int) -> list[str]:
+    """What is wrong with a block that is larger than the window: it would not be whole when its
+    first token leaves.
+    """
+    if block_size <= sliding_window:
+        return []
+    return [
+        f"block_size={block_size} is larger than sliding_window={sliding_window}; choose a block "
+        "of at most the window"
+    ]
+
+
+def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention of consecutive queries, o [B, H, C, V] and lse [B, H, C], from that of parts."""
+    if len(parts) == 1:
+        return parts[0]
+    outputs, normalisers = zip(*parts, strict=True)
+    return torch.cat(outputs, dim=2), torch.cat(normalisers, dim=2)
 
 
 class Far(NamedTuple):
@@ -134,6 +154,21 @@ class RecallMemory(AttentionMemory):
         )
         return store.summarise(lambda keys, slots: self.summary(keys, slots, block))
 
+    def far_query(self, block: Block) -> Tensor:
+        """The queries where they stand for far keys, [B, H, C, K]."""
+        assert block.query is not None
+        # not `self.sliding_window`: a forward may run in another window (`window_override`)
+        window = (block.query_slots - block.leaving_slots)[:1]
+        return block.rotate(block.query, self.policy.query(block.query_slots, window)[None])
+
+    def far_keys(self, keys: Tensor, slots: Tensor, border: Tensor, block: Block) -> Tensor:
+        """Fetched keys [B, G, U, S, K] where their slots [B, G, U, S] put them, [B, G, U S, K]."""
+        # a place without a token may have any slot: its position only has to exist
+        positions = self.policy.key(slots.clamp(max=border[-1].clamp(min=0))).flatten(2)
+        keys = keys.flatten(2, 3)
+        placed = block.rotate(keys.flatten(0, 1)[:, None], positions.flatten(0, 1))
+        return placed.view_as(keys)
+
     def summary(self, keys: Tensor, slots: Tensor, block: Block) -> Tensor:
         """What stands for full blocks in a search, from their keys [n, B, G, S, K] and slots
         [n, B, S]: the mean key, [n, B, G, K].
@@ -147,25 +182,19 @@ class RecallMemory(AttentionMemory):
 
     def far(self, block: Block, store: Store) -> tuple[Tensor, Tensor]:
         """Attention over far tokens alone: o [B, H, C, V] and lse [B, H, C]."""
-        assert block.query is not None
-        # not `self.sliding_window`: a forward may run in another window (`window_override`)
-        border = block.leaving_slots
-        window = (block.query_slots - border)[:1]
-        query = block.rotate(block.query, self.policy.query(block.query_slots, window)[None])
+        query, border = self.far_query(block), block.leaving_slots
         wanted = self.choose(query, border, store)
-        parts = [
-            self._attend(q, left, member, store, block)
-            for q, left, member in zip(
-                query.split(QUERIES, dim=2),
-                border.split(QUERIES),
-                wanted.split(QUERIES, dim=2),
-                strict=True,
-            )
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        outputs, normalisers = zip(*parts, strict=True)
-        return torch.cat(outputs, dim=2), torch.cat(normalisers, dim=2)
+        return joined(
+            [
+                self._attend(q, left, member, store, block)
+                for q, left, member in zip(
+                    query.split(QUERIES, dim=2),
+                    border.split(QUERIES),
+                    wanted.split(QUERIES, dim=2),
+                    strict=True,
+                )
+            ]
+        )
 
     def choose(self, query: Tensor, border: Tensor, store: Store) -> Tensor:
         """Which blocks each query attends: [B, H | G | 1, C, N] bool. `border` [C] is the last
@@ -194,9 +223,7 @@ class RecallMemory(AttentionMemory):
         member = member.unflatten(2, (-1, count)).flatten(1, 2)
         index = index.expand(-1, self.state_heads, -1)
         keys, values, slots = store.fetch(index)
-        # under one choice per layer the heads of a row share their positions
-        positions = self.policy.key(slots.clamp(max=border[-1])).flatten(2)
-        placed = block.rotate(keys.flatten(2, 3).flatten(0, 1)[:, None], positions.flatten(0, 1))
+        placed = self.far_keys(keys, slots, border, block)
         left = slots[:, :, None] <= border[:, None, None]  # [B, G, C, U, S]
         return Far(index, placed.view_as(keys), values, left, member)
 
