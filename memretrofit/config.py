@@ -47,7 +47,8 @@ _SHARED = {
     "chunk_size": Range(least=1),
     "top_k": Range(least=1),
     "block_size": Range(least=1),
-    "cache_bytes": Range(least=0),
+    "hot_bytes": Range(least=0),
+    "position_group": Range(least=1),
     "layers_to_transform": Range(least=0),
 }
 

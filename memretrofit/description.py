@@ -7,6 +7,7 @@ Cache bytes are those of one row after one forward pass of T tokens, in the mode
     patched            b' min(T, N + W + SPARE_COLUMNS)  +  state once T > N + W    state: see below
 
 A state is of fixed size in a memory that compresses, and a store that grows in one that recalls.
+Where a store lies on the host or on disk, the table also says what is where.
 b and b' (bytes of one token in one layer, b' with the features and second keys that a memory keeps)
 are measured, not derived: caches of latents (MLA) and of mixed layers hold other shapes than
 attention sees.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import functools
 import io
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -33,7 +35,7 @@ from memretrofit.modules.rolling import SPARE_COLUMNS
 from memretrofit.patching.cache import MemoryLayer
 from memretrofit.patching.controls import ATTRIBUTE, memory_disabled
 from memretrofit.patching.sites import AttentionSite
-from memretrofit.patching.surgery import Ledger, ledger_of
+from memretrofit.patching.surgery import AttentionLedger, attention_ledger_of
 from memretrofit.patching.wrapping import evaluating, unwrapped
 
 LENGTHS = (1024, 8192, 32768, 131072)
@@ -89,15 +91,20 @@ class _LayerCost:
     per_token: int
     most: int | None = None
     fixed: int = 0
-    state: Callable[[int], int] = lambda tokens: 0
+    state: Callable[[int], Mapping[str, int]] = lambda tokens: {}
+    """By where the bytes lie: `device`, `host` or `disk`."""
     spare: int = 0
 
     def at(self, tokens: int) -> int:
         """Bytes after `tokens` tokens."""
+        return self.tiers(tokens).total()
+
+    def tiers(self, tokens: int) -> Counter[str]:
+        """The same by where they lie."""
         if self.most is None or tokens <= self.most:
-            return self.fixed + self.per_token * tokens
+            return Counter(device=self.fixed + self.per_token * tokens)
         kept = self.fixed + self.per_token * (self.most + self.spare)
-        return kept + self.state(tokens - self.most)
+        return Counter(device=kept) + Counter(self.state(tokens - self.most))
 
 
 def cache_bytes_at(model: nn.Module, tokens: int) -> tuple[int, int]:
@@ -116,7 +123,7 @@ def cache_bytes_at(model: nn.Module, tokens: int) -> tuple[int, int]:
 
 def _costs(model: nn.Module) -> tuple[list[_LayerCost], list[_LayerCost]]:
     inner = unwrapped(model)
-    ledger = ledger_of(inner)
+    ledger = attention_ledger_of(inner)
     memories = {seam.layer_idx: seam.memory for seam in ledger.seams.values()}
     with evaluating(inner), torch.no_grad():
         with memory_disabled(inner):
@@ -161,12 +168,12 @@ def _memory_cost(layer: MemoryLayer, memory: AttentionMemory) -> _LayerCost:
     return _LayerCost(
         per_token=sum(x.nbytes // x.shape[-2] for x in columns),
         most=layer.num_sink_tokens + layer.sliding_window,
-        state=functools.partial(memory.state_nbytes, itemsize=columns[0].element_size()),
+        state=functools.partial(memory.tier_nbytes, itemsize=columns[0].element_size()),
         spare=SPARE_COLUMNS,
     )
 
 
-def render(model: nn.Module, ledger: Ledger) -> str:
+def render(model: nn.Module, ledger: AttentionLedger) -> str:
     """A table of layers, one of cache bytes, and the totals, as plain text."""
     inner = unwrapped(model)
     console = Console(
@@ -191,7 +198,7 @@ def render(model: nn.Module, ledger: Ledger) -> str:
     return "\n".join(line.rstrip() for line in lines).strip("\n")
 
 
-def _layer_table(ledger: Ledger) -> Table:
+def _layer_table(ledger: AttentionLedger) -> Table:
     table = Table(box=SIMPLE, pad_edge=False)
     for name, justify in (
         ("layers", "left"), ("module", "left"), ("memory", "left"), ("added", "right"),
@@ -210,7 +217,7 @@ def _layer_table(ledger: Ledger) -> Table:
     return table
 
 
-def _row(site: AttentionSite, ledger: Ledger) -> tuple[str, ...]:
+def _row(site: AttentionSite, ledger: AttentionLedger) -> tuple[str, ...]:
     seam = ledger.seams.get(site.name)
     if seam is not None:
         what = ledger.config.method
@@ -228,16 +235,21 @@ def _row(site: AttentionSite, ledger: Ledger) -> tuple[str, ...]:
 
 def _cache_table(before: list[_LayerCost], after: list[_LayerCost]) -> Table:
     table = Table(box=SIMPLE, pad_edge=False)
-    for name in ("cache at tokens", "before", "after", "after/before"):
+    rows = [sum((cost.tiers(tokens) for cost in after), Counter[str]()) for tokens in LENGTHS]
+    tiers = sorted({tier for row in rows for tier in row})  # device, disk, host
+    split = tiers if len(tiers) > 1 else []
+    for name in ("cache at tokens", "before", "after", "after/before", *split):
         table.add_column(name, justify="right")
-    for tokens in LENGTHS:
-        base, patched = (sum(cost.at(tokens) for cost in costs) for costs in (before, after))
+    for tokens, row in zip(LENGTHS, rows, strict=True):
+        base, patched = sum(cost.at(tokens) for cost in before), row.total()
         share = f"{100 * patched / base:.1f}%" if base else "n/a"
-        table.add_row(f"{tokens // 1024}k", _bytes(base), _bytes(patched), share)
+        parts = [in_units(row[tier]) for tier in split]
+        table.add_row(f"{tokens // 1024}k", in_units(base), in_units(patched), share, *parts)
     return table
 
 
-def _bytes(count: int) -> str:
+def in_units(count: int) -> str:
+    """Bytes in words: `3.1 MiB`."""
     value, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:

@@ -89,6 +89,12 @@ def test_read_once_and_ask(base: Path, text: Path, tmp_path: Path) -> None:
     said = tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
     assert found.stdout.strip() == said.strip()
     assert "opened in" in found.stderr
+    beams = ("--num-beams", 3, "--max-new-tokens", 9)
+    found_beams = run("generate", base, "--memory", out, "--prompt", QUESTION, *beams)
+    assert found_beams.exit_code == 0, found_beams.output
+    expected = model.generate(whole, max_new_tokens=9, do_sample=False, eos_token_id=2, num_beams=3)
+    said = tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+    assert found_beams.stdout.strip() == said.strip()
     alone = run("generate", "--memory", out, "--prompt", QUESTION, "--max-new-tokens", 9)
     assert alone.stdout == found.stdout  # the recorded base
 
@@ -115,6 +121,9 @@ def test_a_saved_memory_remembers_and_answers(base: Path, text: Path, tmp_path: 
     found = run("generate", base, *asked)  # without the trained parameters
     assert found.exit_code == 2
     assert "StateError: ahn has" in found.stderr
+    plain = [run("generate", saved, "--prompt", QUESTION, *x) for x in ((), ("--device", "cpu"))]
+    assert [done.exit_code for done in plain] == [0, 0]
+    assert plain[0].stdout == plain[1].stdout
     refused = run("remember", text, "-o", out, "--base", saved, "--method", "infllm")
     assert refused.exit_code == 2
     assert "leave out --method and --preset" in refused.stderr
@@ -140,7 +149,7 @@ def test_what_cannot_be_done_is_refused(base: Path, text: Path, tmp_path: Path) 
         ),
         (("remember", text, "-o", tmp_path, "--base", "./nowhere"), "CheckpointError"),
         (("generate", "--prompt", "x"), "give MODEL_OR_DIR, or --memory"),
-        (("generate", base, "--prompt", "x", "--device", "cpu"), "--device goes with --memory"),
+        (("generate", base, "--prompt", "x", "--device", "nowhere"), "device='nowhere' cannot"),
         (("generate", base, "--memory", tmp_path, "--prompt", "x"), "No remembered.json"),
     ):
         done = run(*arguments)

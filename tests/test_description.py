@@ -27,10 +27,12 @@ from memretrofit import (
     patch,
     unpatch,
 )
-from memretrofit.description import LENGTHS, base_parameters, cache_bytes_at, render
+from memretrofit.description import LENGTHS, _costs, base_parameters, cache_bytes_at, render
 from memretrofit.errors import StateError
+from memretrofit.methods.infllm import InfLLMConfig
 from memretrofit.modules.rolling import SPARE_COLUMNS
 from memretrofit.patching.cache import MemoryLayer
+from memretrofit.patching.surgery import attention_ledger_of
 from memretrofit.retrofit import ledger_of, memory_parameters
 
 WINDOW, SINKS = 12, 3
@@ -228,3 +230,36 @@ def test_base_parameters_are_those_of_the_base() -> None:
     found = dict(base_parameters(model))
     assert found.keys() == expected.keys()
     assert all(found[name] is parameter for name, parameter in expected.items())
+
+
+@pytest.mark.parametrize("placement", ["host", "disk"])
+def test_what_lies_elsewhere_is_told_apart(placement: str) -> None:
+    """By hand: keys and values of a block in float32; slots, summaries and window on the device."""
+    config = InfLLMConfig(**WINDOWED, block_size=8, placement=placement)
+    model = patch(llama(), config)
+    (before, _), (cost, _) = _costs(model)
+    left = 64 * 8  # tokens that left, in whole blocks
+    store = left * 2 * (8 + 8) * 4
+    small = left * 8 + left // 8 * 2 * 8 * 4
+    window = (KEPT + SPARE_COLUMNS) * 3 * 2 * 8 * 4  # keys, keys before their rotation, values
+    assert cost.tiers(KEPT + left) == {"device": window + small, placement: store}
+    assert cost.at(KEPT + left) == window + small + store
+    assert before.tiers(KEPT + left).keys() == {"device"}
+    lines = render(model, attention_ledger_of(model)).splitlines()
+    (head,) = [line for line in lines if line.strip().startswith("cache at tokens")]
+    assert head.split()[-2:] == ["device", placement]
+    assert next(x for x in lines if x.strip().startswith("128k")).count("iB") == 4
+    plain = patch(llama(), InfLLMConfig(**WINDOWED, block_size=8))
+    assert placement not in render(plain, attention_ledger_of(plain)).split("cache at tokens")[1]
+
+
+def test_a_store_says_what_a_filled_one_has() -> None:
+    """Per tier, of a cache that was filled; room for growth and what is there twice apart."""
+    config = InfLLMConfig(**WINDOWED, block_size=8, placement="host", hot_bytes=0)
+    model = patch(llama(), config)
+    with torch.no_grad():
+        cache = model(torch.ones(1, KEPT + 64, dtype=torch.long), use_cache=True).past_key_values
+    (store,) = cache.layers[0].state
+    held = store.keys.pieces(8)[-1].nbytes + store.values.pieces(8)[-1].nbytes
+    memory = model.model.layers[0].self_attn.memory
+    assert memory.tier_nbytes(64)["host"] == held

@@ -75,7 +75,9 @@ def describe(
         str | None,
         typer.Option(help="Hub id, folder or package: of a base model, instead of DIRECTORY."),
     ] = None,
-    method: Annotated[str, typer.Option(help="With --base: the method to try on it.")] = "ahn",
+    method: Annotated[
+        str, typer.Option(help="With --base: the method to try on it, or a plan.json of `heads`.")
+    ] = "ahn",
     preset: Annotated[
         str | None, typer.Option(help="With --base: a preset of that method.", show_default=False)
     ] = None,
@@ -110,14 +112,21 @@ def _without_weights(base: str) -> Any:
 
 
 def preset_config(method: str, preset: str | None) -> Any:
-    """The config of a method, or of one of its presets.
+    """The config of a method, or of one of its presets; or that of a plan that `heads` wrote, a
+    file that ends in .json.
 
     Raises:
-        ConfigError: no such method or preset.
+        ConfigError: no such method or preset. CheckpointError: the file cannot be read.
     """
     from memretrofit.errors import did_you_mean
     from memretrofit.methods import get_method
 
+    if method.endswith(".json"):
+        from memretrofit.evaluation.runs.head_plan import planned_config
+
+        if preset is not None:
+            raise ConfigError(f"{method} says all that a preset says; leave out --preset")
+        return planned_config(method)
     info = get_method(method)
     if preset is None:
         return info.config_class()

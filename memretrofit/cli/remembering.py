@@ -37,7 +37,11 @@ def remember(
         ),
     ],
     method: Annotated[
-        str | None, typer.Option(help="On a base model: a method without training; default infllm.")
+        str | None,
+        typer.Option(
+            help="On a base model: a method without training, or a plan.json of `heads`; default "
+            "infllm."
+        ),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="On a base model: a preset of that method.")
@@ -91,32 +95,30 @@ def generate(
         typer.Option(help="Folder that remember wrote; the prompt goes on where its text ended."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    num_beams: Annotated[
+        int, typer.Option(min=1, help="Beams to search with; each holds the memory's state.")
+    ] = 1,
     device: Annotated[
-        str | None, typer.Option(help="With --memory: default cuda where there is one, else cpu.")
+        str | None, typer.Option(help="Default cuda where there is one, else cpu.")
     ] = None,
 ) -> None:
-    """Continue a text, greedily."""
+    """Continue a text, without sampling."""
+    options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
     if memory is not None:
-        _answer(model, memory, prompt, max_new_tokens, device)
+        _answer(model, memory, prompt, device, options)
         return
     if model is None:
         raise ConfigError("generate: give MODEL_OR_DIR, or --memory with what remember wrote")
-    if device is not None:
-        raise ConfigError("generate: --device goes with --memory; leave it out")
-    from memretrofit.hub import from_pretrained, read_record, tokenizer_of
-
-    directory = Path(model)
-    tokenizer = tokenizer_of(read_record(directory).base)
-    loaded = from_pretrained(directory)
+    loaded, tokenizer = _model(model, None, device)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     if not inputs["input_ids"].numel():
         raise ConfigError("--prompt holds no token to continue; give it some text")
-    tokens = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    tokens = loaded.generate(**inputs, **options)
     typer.echo(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
 def _answer(
-    model: str | None, memory: Path, prompt: str, max_new_tokens: int, device: str | None
+    model: str | None, memory: Path, prompt: str, device: str | None, options: dict[str, Any]
 ) -> None:
     """Continue a remembered text by `prompt`, and print prompt and answer."""
     import torch
@@ -143,7 +145,7 @@ def _answer(
     if not question.numel():
         raise ConfigError("--prompt holds no token to continue; give it some text")
     began = time.monotonic()
-    cache = load_memory(patched, memory)
+    cache = load_memory(patched, memory, repeats=options["num_beams"])
     Console(stderr=True, soft_wrap=True).print(
         f"{memory}: {_size(record, cache)}, opened in {time.monotonic() - began:.1f} s",
         markup=False,
@@ -154,8 +156,7 @@ def _answer(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
+        **options,
     )
     typer.echo(tokenizer.decode(tokens[0, before.shape[1] :], skip_special_tokens=True))
 

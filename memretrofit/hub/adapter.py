@@ -104,7 +104,7 @@ def attach_adapter(model: Any, folder: Path) -> Any:
             "adapter of its own. "
             "Pass a base model without them (peft_model.unload())."
         )
-    found, _ = read_header(folder / ADAPTER)
+    found = read_header(folder / ADAPTER).specs
     tensors = read_tensors(folder / ADAPTER)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     adapted = None

@@ -8,7 +8,6 @@ to a store.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memretrofit.errors import UnsupportedModelError
+from memretrofit.errors import CheckpointError, StateError, UnsupportedModelError
 from memretrofit.hub.mapped import FETCHED, Written, map_tensors
 from memretrofit.hub.record import TensorSpec
-from memretrofit.hub.tensors import DTYPES, FLOATING, spec_of
+from memretrofit.hub.tensors import DTYPES, FLOATING, Header, spec_of
 from memretrofit.modules.memory import AttentionMemory, State
+from memretrofit.modules.slab import Placement, Slab
 from memretrofit.modules.store import Store
-from memretrofit.patching.cache import MemoryLayer
+from memretrofit.patching.cache import LOGITS, NOTES, MemoryLayer
 from memretrofit.patching.sites import AttentionSite
 
 MEMORY, FULL, SLIDING, EMPTY = "memory", "full", "sliding", "empty"
 _KINDS = {"DynamicLayer": FULL, "DynamicSlidingWindowLayer": SLIDING, "DummyLayer": EMPTY}
-_COUNTERS = ("seen", "folded", "first", "pinned", "confirmed")
-_NOTES = {"token": "I64", "surprise": None, "place": "I64"}
-"""Streams [B, columns, 1] that a layer has where a text is read in pieces."""
-_LOGITS = re.compile(r"logits\.(\d{1,12})")
+
+Size = tuple[int, int]
+"""Heads and width of a layer's keys, or values."""
 
 
 @dataclass(frozen=True)
@@ -75,30 +74,18 @@ def kind_of(layer: Any, place: int) -> str:
     return kind
 
 
-def refuse_latents(layer: Any, site: AttentionSite) -> None:
-    """A cache of latents (MLA) does not hold what attention sees, and `load` could not check it.
-
-    Raises:
-        UnsupportedModelError: the layer keeps other shapes than the site's keys.
-    """
-    keys = getattr(layer, "keys", None)
-    if isinstance(keys, Tensor) and keys.shape[1::2] != (site.num_key_value_heads, site.key_dim):
-        raise UnsupportedModelError(
-            f"Layer {site.layer_idx} of the cache keeps {list(keys.shape)} where attention sees "
-            f"{site.num_key_value_heads} heads of {site.key_dim}: latents (MLA), which have no "
-            "form on disk yet. Keep the conversation in this process."
-        )
-
-
-def content_of(layer: Any, place: int) -> tuple[Content, dict[str, Written]]:
-    """What has to be written of a layer.
+def content_of(
+    layer: Any, place: int, memory: AttentionMemory | None
+) -> tuple[Content, dict[str, Written]]:
+    """What has to be written of a layer, which `memory` fills where it holds one.
 
     Raises:
         UnsupportedModelError: its class, or its state, has no form on disk.
     """
     kind = kind_of(layer, place)
     if kind == MEMORY:
-        return _memory_content(layer, place)
+        assert memory is not None
+        return _memory_content(layer, place, memory)
     numbers = {}
     if kind == SLIDING:
         numbers = {"seen": layer.cumulative_length, "recording": int(layer.record_past)}
@@ -107,14 +94,13 @@ def content_of(layer: Any, place: int) -> tuple[Content, dict[str, Written]]:
     return Content(kind, numbers), {name: Written.whole(x) for name, x in parts.items()}
 
 
-def _memory_content(layer: MemoryLayer, place: int) -> tuple[Content, dict[str, Written]]:
-    numbers = {name: getattr(layer, name) for name in _COUNTERS}
-    numbers |= {"recording": int(layer.record_past), "carried": int(layer.carried)}
-    numbers["state"] = len(layer.state)
-    parts = {name: stream.view for name, stream in layer.streams.items()}
-    parts |= {f"logits.{slot}": x for slot, x in layer.logits.items()} | {"unmet": layer.unmet}
-    tensors = {name: Written.whole(x) for name, x in parts.items() if x is not None}
-    for index, entry in enumerate(layer.state):
+def _memory_content(
+    layer: MemoryLayer, place: int, memory: AttentionMemory
+) -> tuple[Content, dict[str, Written]]:
+    numbers, parts = layer.saved()
+    tensors = {name: Written.whole(x) for name, x in parts.items()}
+    packed = memory.packed(layer.state) if layer.state else ()
+    for index, entry in enumerate(packed):
         name = f"state.{index}"
         if isinstance(entry, Tensor):
             tensors[name] = Written.whole(entry)
@@ -125,7 +111,7 @@ def _memory_content(layer: MemoryLayer, place: int) -> tuple[Content, dict[str, 
                 f"Layer {place} of the cache holds a {type(entry).__name__}, which has no form on "
                 "disk. Use a method whose state is tensors or a store."
             )
-    return Content(MEMORY, numbers), tensors
+    return Content(MEMORY, {**numbers, "state": len(packed)}), tensors
 
 
 def _store_parts(store: Store) -> dict[str, Written]:
@@ -142,13 +128,15 @@ class Slot:
     memory: AttentionMemory | None
     device: torch.device
     rows: int
+    cached: Callable[[], tuple[Size, Size]]
+    """What the model's own cache keeps here: asks the model, which takes a forward of a token."""
 
     def faults(self, content: Content, found: Mapping[str, TensorSpec]) -> list[str]:
         """What does not fit in numbers that a file states; empty where all is well."""
         kind, n = kind_of(self.layer, 0), content.numbers
         if content.kind != kind:
             return [f"expected a {kind} layer, found a {content.kind} layer"]
-        names = {SLIDING: ("seen", "recording"), MEMORY: (*_COUNTERS, "state")}.get(kind, ())
+        names = {SLIDING: ("seen", "recording"), MEMORY: ("state",)}.get(kind, ())
         rows = found["key"].shape[:1] if "key" in found else (self.rows,)
         if rows != (self.rows,):
             return [f"expected {self.rows} rows, found {rows}"]
@@ -156,14 +144,9 @@ class Slot:
             return [f"no number {', '.join(missing)}"]
         if kind != MEMORY:
             return []
-        memory = self.memory
-        assert memory is not None
-        pinned = memory.num_sink_tokens if n["first"] else 0
-        ordered = n["first"] <= n["folded"] <= n["seen"] and n["confirmed"] <= n["seen"]
-        if not ordered or n["pinned"] != pinned:
-            told = ", ".join(f"{name} {n[name]}" for name in _COUNTERS)
-            return [f"the counters do not belong together: {told}"]
-        entries = len(self._fresh_state("F32"))
+        if faults := self.layer.faults(n):
+            return faults
+        entries = len(self._fresh("F32"))
         if n["state"] not in (0, entries):
             return [f"expected a state of {entries} entries, found {n['state']}"]
         return []
@@ -184,38 +167,47 @@ class Slot:
             sizes = tuple(b if a is None else a for a, b in zip(shape, known, strict=True))
             return name, TensorSpec(sizes, stated.dtype if stated.dtype in FLOATING else "F32")
 
-        heads, keys, values = (
-            (site.num_key_value_heads, site.key_dim, site.value_dim) if site else (None, None, None)
-        )
+        key, value = self._sizes(found)
         if content.kind != MEMORY:
             stated = found.get("key")
             columns = stated.shape[-2] if stated and len(stated.shape) == 4 else 0
             if content.kind == SLIDING and not n["recording"]:
                 columns = min(n["seen"], self.layer.sliding_window - 1)
-            yield floating("key", self.rows, heads, columns, keys)
-            yield floating("value", self.rows, heads, columns, values)
+            yield floating("key", self.rows, key[0], columns, key[1])
+            yield floating("value", self.rows, value[0], columns, value[1])
             return
         memory = self.memory
         assert memory is not None
         columns = n["pinned"] + n["seen"] - n["first"]
-        yield floating("key", self.rows, heads, columns, keys)
-        yield floating("value", self.rows, heads, columns, values)
+        yield floating("key", self.rows, key[0], columns, key[1])
+        yield floating("value", self.rows, value[0], columns, value[1])
         if memory.key_space == "pre_rope":
-            yield floating("unrotated", self.rows, heads, columns, keys)
+            yield floating("unrotated", self.rows, key[0], columns, key[1])
         if memory.write_features is not None:
             size = self._feature_size(memory.write_features)
             yield floating("features", self.rows, columns, size)
-        for name, dtype in _NOTES.items():
+        for name in NOTES:
             if name in found:
-                shape = (self.rows, columns, 1)
-                yield (name, TensorSpec(shape, dtype)) if dtype else floating(name, *shape)
+                yield name, TensorSpec((self.rows, columns, 1), found[name].dtype)
         for name in found:
-            if _LOGITS.fullmatch(name):
+            if LOGITS.fullmatch(name):
                 yield floating(name, self.rows, None)
-        if "unmet" in found:
-            yield floating("unmet", self.rows, site.num_heads if site else None, None, keys)
+        if "unmet" in found and site is not None:
+            yield floating("unmet", self.rows, site.num_heads, None, site.key_dim)
         if n["state"]:
             yield from self._expected_state(memory, found, floating)
+
+    def _sizes(
+        self, found: Mapping[str, TensorSpec]
+    ) -> tuple[tuple[int | None, int | None], tuple[int | None, int | None]]:
+        """Of cached keys and values: what attention sees, or latents (MLA)."""
+        site = self.site
+        if site is None:
+            return (None, None), (None, None)
+        heads = site.num_key_value_heads
+        stated = [found[name].shape[1::2] for name in ("key", "value") if name in found]
+        seen = (heads, site.key_dim), (heads, site.value_dim)
+        return seen if stated == [*seen] else self.cached()
 
     def _expected_state(
         self,
@@ -223,17 +215,12 @@ class Slot:
         found: Mapping[str, TensorSpec],
         floating: Callable[..., tuple[str, TensorSpec]],
     ) -> Iterator[tuple[str, TensorSpec]]:
-        grows = memory.state_nbytes(0) != memory.state_nbytes(1 << 20)
-        for index, entry in enumerate(self._fresh_state(found["key"].dtype)):
+        for index, entry in enumerate(memory.packed(self._fresh(found["key"].dtype))):
             name = f"state.{index}"
             if isinstance(entry, Tensor):
-                spec, known = spec_of(entry), found.get(name)
-                shape = spec.shape
-                if grows and known and len(known.shape) == len(shape):
-                    pairs = zip(shape[1:], known.shape[1:], strict=True)
-                    shape = (shape[0], *(max(pair) for pair in pairs))
-                floats = spec.dtype in FLOATING
-                yield floating(name, *shape) if floats else (name, TensorSpec(shape, spec.dtype))
+                spec, grows = spec_of(entry), memory.growing.get(index)
+                shape = (None if axis == grows else n for axis, n in enumerate(spec.shape))
+                yield floating(name, *shape) if spec.dtype in FLOATING else (name, spec)
                 continue
             known = found.get(f"{name}.keys"), found.get(f"{name}.summaries")
             blocks, full = (x.shape[0] if x and x.shape else 0 for x in known)
@@ -243,14 +230,14 @@ class Slot:
                 shape = (counts.get(part, blocks), *spec.shape[1:])
                 yield f"{name}.{part}", TensorSpec(shape, spec.dtype)
 
-    def restore(self, content: Content, path: Path) -> None:
+    def restore(self, content: Content, path: Path, header: Header) -> None:
         """Fill the layer from a file that holds the expected tensors.
 
         Raises:
-            CheckpointError: the lengths of a store do not fit its blocks.
+            CheckpointError: numbers in a state or a store do not fit its sizes.
         """
         layer, n = self.layer, content.numbers
-        tensors = map_tensors(path)
+        tensors = map_tensors(path, header)
         if content.kind != MEMORY:
             if tensors:
                 key, value = (tensors[name].to(self.device) for name in ("key", "value"))
@@ -265,39 +252,36 @@ class Slot:
             for name, x in tensors.items()
             if not name.endswith(FETCHED)
         }
-        for name, stream in layer.streams.items():
-            if name in small:
-                stream.append(small[name])
-        key, value = layer.streams["key"].view, layer.streams["value"].view
-        if key is not None:
-            layer.lazy_initialization(key, value)
-            layer.keys, layer.values = key, value
-        for name in _COUNTERS:
-            setattr(layer, name, n[name])
-        layer.record_past, layer.carried = bool(n.get("recording")), bool(n.get("carried"))
-        layer.unmet = small.get("unmet")
-        layer.logits = {
-            int(match[1]): x for name, x in small.items() if (match := _LOGITS.fullmatch(name))
-        }
-        layer.state = tuple(
-            small[f"state.{index}"]
-            if isinstance(entry, Tensor)
-            else self._store(f"state.{index}", entry, tensors, small)
-            for index, entry in enumerate(self._fresh_state("F32") if n["state"] else ())
-        )
+        memory, state = self.memory, ()
+        assert memory is not None
+        if n["state"]:
+            state = tuple(
+                small[f"state.{index}"]
+                if isinstance(entry, Tensor)
+                else self._store(f"state.{index}", entry, tensors, small)
+                for index, entry in enumerate(self._fresh("F32"))
+            )
+            try:
+                state = memory.unpacked(state)
+            except StateError as error:
+                raise CheckpointError(f"{path} is damaged: {error}. Save the text again.") from None
+        layer.restore(n, small, state)
 
     def _store(
         self, name: str, fresh: Store, mapped: Mapping[str, Tensor], small: Mapping[str, Tensor]
     ) -> Store:
-        placement = fresh.keys.placement
-        if placement == "device" and self.device.type == "cpu":
-            placement = "host"  # the same memory; but mapped blocks are read only when fetched
         return Store.opened(
             *(mapped[f"{name}.{part}"] for part in ("keys", "values")),
             *(small[f"{name}.{part}"] for part in ("slots", "summaries", "lengths")),
-            placement=placement,
-            cache_bytes=0 if fresh.hot is None else fresh.hot.limit,
+            placement=self._placement(fresh.values),
+            key_placement=self._placement(fresh.keys),
+            hot_bytes=0 if fresh.hot is None else fresh.hot.limit,
         )
+
+    def _placement(self, slab: Slab) -> Placement:
+        """On the CPU, `host` is the same memory; but mapped blocks are read only when fetched."""
+        on_host = slab.placement == "device" and self.device.type == "cpu"
+        return "host" if on_host else slab.placement
 
     @torch.no_grad()
     def _feature_size(self, write_features: nn.Module) -> int:
@@ -306,7 +290,7 @@ class Slot:
         hidden = weight.new_zeros(1, 1, self.site.hidden_size)
         return write_features(hidden).shape[-1]
 
-    def _fresh_state(self, dtype: str) -> State:
+    def _fresh(self, dtype: str) -> State:
         """What the memory begins with."""
         assert self.memory is not None
         assert self.site is not None

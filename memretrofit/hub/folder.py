@@ -126,7 +126,7 @@ def locate(directory: Path, record: Record) -> Path:
             )
         if sha256(path) == digest:
             continue
-        found = read_header(path)[0] if path.suffix == ".safetensors" else {}
+        found = read_header(path).specs if path.suffix == ".safetensors" else {}
         lines = differences(record.tensors, found) if name == MEMORY else []
         what = (
             f"its tensors are not those that {CONFIG} lists:{listing(lines)}"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from memretrofit.errors import CheckpointError
 from memretrofit.hub.record import TensorSpec
-from memretrofit.hub.tensors import DTYPES, damaged, data_offsets, read_header, spec_of
+from memretrofit.hub.tensors import DTYPES, Header, damaged, spec_of
 
 PAGE = 4096
 SAMPLED_PAGES = 64
@@ -102,23 +102,21 @@ def _parts(header: bytes, tensors: Iterable[Written]) -> Iterator[bytes]:
             yield piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file whose header was checked, mapped: what is not used is not read, and
+def map_tensors(path: Path, header: Header) -> dict[str, Tensor]:
+    """The tensors of a file whose header was read, mapped: what is not used is not read, and
     what is written to one stays in memory. Of `.keys` and `.values` pages are read one by one.
 
     Raises:
         CheckpointError: the file cannot be mapped, or a tensor lies where it cannot be used.
     """
-    specs, _ = read_header(path)
-    offsets = data_offsets(path)
     try:
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be mapped: {error.strerror}.") from error
     tensors: dict[str, Tensor] = {}
-    for name, spec in specs.items():
-        dtype, low, size = DTYPES[spec.dtype], offsets[name], nbytes(spec)
+    for name, spec in header.specs.items():
+        dtype, low, size = DTYPES[spec.dtype], header.offsets[name], nbytes(spec)
         if low % dtype.itemsize:
             raise damaged(path, f"{name!r} does not begin at a multiple of {dtype.itemsize} bytes")
         if not size:

@@ -16,6 +16,7 @@ files of a cache in use; saving over them is safe.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -39,10 +40,10 @@ from memretrofit.hub.cache_layers import (
     FULL,
     SLIDING,
     Content,
+    Size,
     Slot,
     content_of,
     kind_of,
-    refuse_latents,
 )
 from memretrofit.hub.folder import sync
 from memretrofit.hub.mapped import Written, write_pieces
@@ -61,9 +62,9 @@ from memretrofit.hub.record import read_json
 from memretrofit.hub.saving import memory_tensors
 from memretrofit.hub.tensors import differences, listing, spec_of
 from memretrofit.patching.cache import MemoryLayer, upgrade
-from memretrofit.patching.surgery import Ledger
-from memretrofit.patching.wrapping import unwrapped
-from memretrofit.retrofit import ledger_of
+from memretrofit.patching.controls import memory_disabled
+from memretrofit.patching.surgery import AttentionLedger, attention_ledger_of
+from memretrofit.patching.wrapping import evaluating, unwrapped
 
 
 def save_memory(
@@ -98,12 +99,12 @@ def save_memory(
     """
     folder = Path(folder)
     inner = unwrapped(model)
-    ledger = ledger_of(inner)
+    ledger = attention_ledger_of(inner)
     rows, tokens = _filled(cache, ledger)
-    for site in ledger.sites:
-        if site.layer_idx < len(cache.layers):
-            refuse_latents(cache.layers[site.layer_idx], site)
-    contents = [content_of(layer, place) for place, layer in enumerate(cache.layers)]
+    memories = {seam.layer_idx: seam.memory for seam in ledger.seams.values()}
+    contents = [
+        content_of(layer, place, memories.get(place)) for place, layer in enumerate(cache.layers)
+    ]
     if input_ids is not None and tuple(input_ids.shape) != (rows, tokens):
         raise ConfigError(
             f"save_memory: input_ids of shape {tuple(input_ids.shape)}, and the cache holds "
@@ -163,7 +164,7 @@ def save_memory(
     return read_remembered(folder)
 
 
-def load_memory(model: nn.Module, folder: str | Path) -> Cache:
+def load_memory(model: nn.Module, folder: str | Path, *, repeats: int = 1) -> Cache:
     """The cache that `save_memory` saved, as if `model` had just read the text itself.
 
     ::
@@ -179,14 +180,19 @@ def load_memory(model: nn.Module, folder: str | Path) -> Cache:
     Args:
         model: the model that read the text, patched with the same method and parameters.
         folder: what `save_memory` wrote.
+        repeats: copies of each row, to go on from it in so many ways: `num_beams`, or a batch of
+            questions to one text. A store with rows that moved is not mapped but in memory.
 
     Raises:
+        ConfigError: `repeats` is below 1.
         StateError: the model is not patched.
         CheckpointError: another model, other weights or memory parameters, another method config;
             a file that is missing, truncated, edited or does not fit.
     """
+    if repeats < 1:
+        raise ConfigError(f"load_memory: repeats={repeats}; pass at least 1")
     inner = unwrapped(model)
-    ledger = ledger_of(inner)
+    ledger = attention_ledger_of(inner)
     record = read_remembered(folder)
     _check_model(inner, ledger, record)
     if added_sha256(model) != record.added_sha256:
@@ -196,31 +202,33 @@ def load_memory(model: nn.Module, folder: str | Path) -> Cache:
             "that read it (from_pretrained), or read the text again with this one."
         )
     cache = DynamicCache(config=inner.config)
-    slots = _slots(cache, ledger, record)
+    slots = _slots(inner, cache, ledger, record)
     for place, slot in enumerate(slots):
         path = record.path(layer_file(place))
-        specs, metadata = checked_header(record, path)
-        content = Content.from_metadata(metadata)
+        header = checked_header(record, path)
+        content = Content.from_metadata(header.metadata)
         if content is None:
             raise CheckpointError(f"{path}: its header names no layer. Save the text again.")
         if (content.kind, kind_of(slot.layer, place)) == (FULL, SLIDING):
             # the text was read into a DynamicCache that was made without the model's config
             cache.layers[place] = DynamicLayer()
             slot = replace(slot, layer=cache.layers[place])
-        faults = slot.faults(content, specs)
-        faults = faults or differences(dict(slot.expected(content, specs)), specs)
+        faults = slot.faults(content, header.specs)
+        faults = faults or differences(dict(slot.expected(content, header.specs)), header.specs)
         if faults:
             raise CheckpointError(
                 f"{path} does not fit layer {place} of this {type(inner).__name__} with "
                 f"{ledger.config}: {listing(faults)}\nRead and save the text again."
             )
-        slot.restore(content, path)
+        slot.restore(content, path, header)
     if (held := _filled(cache, ledger)) != (record.rows, record.tokens):
         raise CheckpointError(
             f"{record.folder / RECORD} tells of {record.rows} rows of {record.tokens} tokens, and "
             f"its files hold {held[0]} of {held[1]}. Undo the edit, or read and save the text "
             "again."
         )
+    if repeats > 1:
+        cache.batch_repeat_interleave(repeats)
     return cache
 
 
@@ -232,7 +240,7 @@ def _names(folder: Path, data: Path) -> bool:
         return False
 
 
-def _filled(cache: Any, ledger: Ledger) -> tuple[int, int]:
+def _filled(cache: Any, ledger: AttentionLedger) -> tuple[int, int]:
     """Rows and tokens of a cache that the model of `ledger` filled."""
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise UnsupportedModelError(
@@ -258,7 +266,7 @@ def _filled(cache: Any, ledger: Ledger) -> tuple[int, int]:
     return found
 
 
-def _check_model(model: nn.Module, ledger: Ledger, record: Remembered) -> None:
+def _check_model(model: nn.Module, ledger: AttentionLedger, record: Remembered) -> None:
     """Refuse a model under which the saved conversation would mean something else."""
     asked = f"The conversation in {record.folder} was read by"
     if told := base_differences(model, record.base):
@@ -286,7 +294,7 @@ def _check_model(model: nn.Module, ledger: Ledger, record: Remembered) -> None:
         )
 
 
-def _slots(cache: Cache, ledger: Ledger, record: Remembered) -> list[Slot]:
+def _slots(model: Any, cache: Cache, ledger: AttentionLedger, record: Remembered) -> list[Slot]:
     """What every layer of a fresh cache of the model may be filled with."""
     inner = {seam.layer_idx: seam for seam in ledger.seams.values()}
     for index, seam in inner.items():
@@ -305,16 +313,26 @@ def _slots(cache: Cache, ledger: Ledger, record: Remembered) -> list[Slot]:
             inner[place].memory if place in inner else None,
             ledger.device_of(sites[place]) if place in sites else anywhere,
             record.rows,
+            functools.partial(_cached_size, model, place),
         )
         for place, layer in enumerate(cache.layers)
     ]
 
 
 @torch.no_grad()
+def _cached_size(model: Any, place: int) -> tuple[Size, Size]:
+    """Heads and width of the keys and of the values that the unpatched model caches in a layer."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    with evaluating(model), memory_disabled(model):
+        layer = model(input_ids=ids, use_cache=True).past_key_values.layers[place]
+    return layer.keys.shape[1::2], layer.values.shape[1::2]
+
+
+@torch.no_grad()
 def added_sha256(model: nn.Module) -> str:
     """SHA-256 over what a patch and PEFT added to the base model: names, types, shapes, values."""
     inner = unwrapped(model)
-    added = memory_tensors(ledger_of(inner))
+    added = memory_tensors(attention_ledger_of(inner))
     base = {parameter for _, parameter in base_parameters(inner)}
     memories = {parameter for parameter in added.values()}
     added |= {

@@ -14,11 +14,11 @@ from memretrofit.config import MethodConfig, build
 from memretrofit.errors import CheckpointError, ConfigError
 from memretrofit.hub.mapped import map_tensors, sample_sha256
 from memretrofit.hub.record import BaseRecord, TensorSpec, read_json
-from memretrofit.hub.tensors import differences, listing, read_header, sha256
+from memretrofit.hub.tensors import Header, differences, listing, read_header, sha256
 
 RECORD = "remembered.json"
 TOKENS = "tokens.safetensors"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DATA = re.compile(r"data-[0-9a-f]{12}")
 """Names of the folders that a save makes."""
 _LAYER = re.compile(r"layer-\d{3,}\.safetensors")
@@ -131,11 +131,12 @@ def remembered_ids(folder: str | Path) -> Tensor:
             f"{record.folder} was saved without its token ids. Pass input_ids= to save_memory, or "
             "keep the ids yourself."
         )
-    specs, _ = checked_header(record, record.path(TOKENS))
+    path = record.path(TOKENS)
+    header = checked_header(record, path)
     expected = {"input_ids": TensorSpec((record.rows, record.tokens), "I64")}
-    if lines := differences(expected, specs):
-        raise CheckpointError(f"{record.path(TOKENS)}:{listing(lines)}\nSave the text again.")
-    return map_tensors(record.path(TOKENS))["input_ids"].clone()
+    if lines := differences(expected, header.specs):
+        raise CheckpointError(f"{path}:{listing(lines)}\nSave the text again.")
+    return map_tensors(path, header)["input_ids"].clone()
 
 
 def verify_memory(folder: str | Path) -> Remembered:
@@ -153,7 +154,7 @@ def verify_memory(folder: str | Path) -> Remembered:
     return record
 
 
-def checked_header(record: Remembered, path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+def checked_header(record: Remembered, path: Path) -> Header:
     """What the header of one of the record's files states, when it is the file that was saved.
 
     Raises:

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,8 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -60,8 +62,12 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [
         name
         for name, x in tensors.items()
-        if x.is_floating_point() and not bool(x.isfinite().all())
+        if x.is_floating_point() and not bool(_of_two_bytes(x).isfinite().all())
     ]
+
+
+def _of_two_bytes(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16) if x.itemsize == 1 else x  # isfinite does not know 8-bit floats
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -73,7 +79,16 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     save_file(plain, path, metadata={"format": "pt", **metadata})
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+class Header(NamedTuple):
+    """What a safetensors file states."""
+
+    specs: dict[str, TensorSpec]
+    metadata: dict[str, str]
+    offsets: dict[str, int]
+    """Byte of the file at which each tensor begins."""
+
+
+def read_header(path: Path) -> Header:
     """Tensors and metadata that a safetensors file states, when the statement fits the file.
 
     Raises:
@@ -94,6 +109,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
         raise damaged(path, "its header is not a JSON object")
     metadata = values.pop("__metadata__", {})
     specs: dict[str, TensorSpec] = {}
+    offsets: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
     for name, entry in values.items():
         entry = entry if isinstance(entry, dict) else {}
@@ -102,25 +118,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
             raise damaged(path, f"its header has no legal dtype, shape and offsets for {name!r}")
         if span[1] - span[0] != math.prod(spec.shape) * DTYPES[spec.dtype].itemsize:
             raise damaged(path, f"{name!r} is {spec}, which does not fit {span[1] - span[0]} bytes")
-        specs[name] = spec
+        specs[name], offsets[name] = spec, 8 + length + span[0]
         spans.append((span[0], span[1]))
     spans.sort()
     ends = [0, *(end for _, end in spans)]
     if [start for start, _ in spans] != ends[:-1] or ends[-1] != size - 8 - length:
         raise damaged(path, f"its tensors need {ends[-1]} bytes, the file has {size - 8 - length}")
-    return specs, metadata if isinstance(metadata, dict) else {}
-
-
-def data_offsets(path: Path) -> dict[str, int]:
-    """Byte at which each tensor of a file begins whose header was checked."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        values = json.loads(file.read(length))
-    return {
-        name: 8 + length + entry["data_offsets"][0]
-        for name, entry in values.items()
-        if name != "__metadata__"
-    }
+    return Header(specs, metadata if isinstance(metadata, dict) else {}, offsets)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

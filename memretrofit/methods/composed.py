@@ -42,8 +42,10 @@ from memretrofit.config import MethodConfig
 from memretrofit.modules.composed import ComposedMemory
 from memretrofit.modules.feature_map import FeatureMapMemory
 from memretrofit.modules.memory import AttentionMemory
-from memretrofit.modules.recall import Granularity, Positions, RecallMemory, block_faults
+from memretrofit.modules.positions import Positions
+from memretrofit.modules.recall import Granularity, RecallMemory, block_faults
 from memretrofit.modules.recurrent import RecurrentMemory, Rule
+from memretrofit.modules.slab import Placement
 from memretrofit.patching.sites import AttentionSite
 from memretrofit.patching.surgery import patch_attention
 
@@ -81,6 +83,13 @@ class ComposedConfig(MethodConfig):
     """Who chooses: each query head, the heads of a KV head together, or all heads of a layer."""
     positions: Positions = "clamp"
     """Where fetched keys stand; see `infllm`."""
+    position_group: int = 8
+    """Far tokens that share a position under `grouped`: W + T / position_group positions are used.
+    """
+    placement: Placement = "device"
+    """Where the store lies; see `infllm`."""
+    hot_bytes: int = 0
+    """Bytes on the device, for each layer, of blocks that were fetched last from host or disk."""
     layers_to_transform: tuple[int, ...] | None = None
     """Layers to patch; None patches every layer with full softmax attention."""
 
@@ -120,6 +129,9 @@ def _recall(site: AttentionSite, config: ComposedConfig) -> RecallMemory:
         top_k=config.top_k,
         granularity=config.granularity,
         positions=config.positions,
+        position_group=config.position_group,
+        placement=config.placement,
+        hot_bytes=config.hot_bytes,
         num_key_value_heads=site.num_key_value_heads,
         key_dim=site.key_dim,
         value_dim=site.value_dim,

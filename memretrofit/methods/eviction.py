@@ -60,7 +60,8 @@ class EvictionConfig(MethodConfig):
     """Whose attention counts: the last queries' (`snapkv`) or all queries' (`h2o`)."""
     budget: int | float = 1024
     """What a layer holds on average right after a prune, sinks and window included: a number of
-    tokens, or, as a float, a share of the tokens so far.
+    tokens, or, as a float, a share of the tokens so far. Under `window_override` as many are kept
+    beside the other window as beside this one.
     """
     interval: Annotated[int, Range(least=1)] = 128
     """Tokens that leave between two prunes; a layer holds up to so many more than its budget."""

@@ -12,11 +12,14 @@ A head that copies from afar needs the tokens; most heads look at the first toke
 ones whatever the text is. Cache bytes beyond the window are |F| of all KV heads, and so is the time
 of a decoding step beyond it.
 
-Find the heads with `memretrofit.evaluation.probes`, then plan::
+Find the heads with `memretrofit heads --base ... -o plan.json`, or with
+`memretrofit.evaluation.probes`::
 
     found = retrieval_heads(model, trials)
-    scores = dict(zip(found.layers, found.key_value_scores()))
-    patch(model, HeadPlanConfig(full_heads=plan_heads(scores, share=0.5)))
+    patch(model, HeadPlanConfig(full_heads=plan_from_scores(found, share=0.25)))
+
+and compare with `inverted_plan` and `random_plan` of the same size: what these give too is due to
+the size of the plan, not to the choice of heads.
 
 Differs from the paper: (1) The plan. There a gate alpha per KV head, out = alpha full + (1 - alpha)
 streaming, is trained to keep the final hidden states of answer tokens under an L1 penalty, and the
@@ -37,8 +40,9 @@ from transformers import PreTrainedModel
 from memretrofit.config import MethodConfig
 from memretrofit.errors import ConfigError, NoTargetError
 from memretrofit.modules.heads import HeadPlanMemory
+from memretrofit.patching.ledger import detach
 from memretrofit.patching.sites import AttentionSite
-from memretrofit.patching.surgery import detach, patch_attention
+from memretrofit.patching.surgery import patch_attention
 
 PAPER = "arXiv:2410.10819"
 FAMILY = "recall"

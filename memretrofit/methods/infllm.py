@@ -2,7 +2,8 @@
 
 Xiao et al., 2024, arXiv:2402.04617. Needs no training.
 
-Equations (one KV head; q, k before the rotary embedding R; window W, blocks of S tokens)::
+Equations (one KV head; q, k before the rotary embedding R; window W, blocks of S tokens; for
+positions="clamp", the paper's; for the others see `modules.positions`)::
 
     kappa_n = mean of the k_j of block n
     open(t) = { n : every token of block n is at t - W or before }
@@ -18,8 +19,9 @@ outputs and the result depends on how a text is cut. (2) Each head chooses; `gra
 one choice by the sum over all heads, is theirs. (3) kappa is the mean of all keys, there of the
 four that received the most attention. (4) Sinks stand at their place in the cache, there at W.
 
-Reduces to: the base model until something leaves, and with positions="absolute" and a top_k of all
-blocks for any length; `streaming_llm` while the store is empty, `window_sinks` if "absolute".
+Reduces to: the base model until something leaves, and with positions="absolute" (or "reindexed" and
+no sinks) and a top_k of all blocks for any length; `streaming_llm` while the store is empty,
+`window_sinks` if "absolute".
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from memretrofit.config import MethodConfig
-from memretrofit.modules.recall import Granularity, Positions, RecallMemory, block_faults
+from memretrofit.modules.positions import Positions
+from memretrofit.modules.recall import Granularity, RecallMemory, block_faults
 from memretrofit.modules.slab import Placement
 from memretrofit.patching.sites import AttentionSite
 from memretrofit.patching.surgery import patch_attention
@@ -55,14 +58,18 @@ class InfLLMConfig(MethodConfig):
     granularity: Granularity = "head"
     """Who chooses: each query head, the heads of a KV head together, or all heads of a layer."""
     positions: Positions = "clamp"
-    """Where fetched keys stand: at their `absolute` place, or all at the border of the window
-    (`clamp`: any length).
+    """Where fetched keys stand (`modules.positions`): at their `absolute` place; all at the border
+    of the window (`clamp`); `reindexed`, side by side before the window; or `grouped`, beyond the
+    window in steps. All but `absolute` read texts beyond the trained positions.
+    """
+    position_group: int = 8
+    """Far tokens that share a position under `grouped`: W + T / position_group positions are used.
     """
     placement: Placement = "device"
     """Where the store lies: beside the model, in CPU memory (`host`), or in a temporary file that
     is mapped (`disk`): then only fetched blocks come to the device, and no gradients flow.
     """
-    cache_bytes: int = 0
+    hot_bytes: int = 0
     """Bytes on the device, for each layer, of blocks that were fetched last from host or disk."""
     layers_to_transform: tuple[int, ...] | None = None
     """Layers to patch; None patches every layer with full softmax attention."""
@@ -93,8 +100,9 @@ def patch_infllm(model: PreTrainedModel, config: InfLLMConfig) -> None:
             top_k=config.top_k,
             granularity=config.granularity,
             positions=config.positions,
+            position_group=config.position_group,
             placement=config.placement,
-            cache_bytes=config.cache_bytes,
+            hot_bytes=config.hot_bytes,
             num_key_value_heads=site.num_key_value_heads,
             key_dim=site.key_dim,
             value_dim=site.value_dim,

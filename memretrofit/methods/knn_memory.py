@@ -2,7 +2,8 @@
 
 Wu et al., 2022, arXiv:2203.08913. LongMem (arXiv:2306.07174) mixes in the same way.
 
-Equations (one query head h and its KV head; q, k before the rotary embedding R; window W)::
+Equations (one query head h and its KV head; q, k before the rotary embedding R; window W; for
+positions="clamp")::
 
     left(t)  = tokens at t - W or before, no sinks
     near(t)  = the top_k of left(t) by  (R(W) q_t) . k_j                 [at most top_k]
@@ -17,8 +18,9 @@ keys that older weights made comparable with new ones, and here all were made by
 and softmax use the model's own scores, as there both use one score. (3) The paper gives far tokens
 no position bias; with rotary embeddings they all stand at the border of the window (`positions`).
 (4) The store holds all that left, there up to the last 262k tokens, and it begins empty with each
-text. (5) With LoRA, gradients reach the stored tokens, which belong to the same forward; there
-memory is older than the step and gets none. (6) The search is exact.
+text. (5) With LoRA, gradients reach the stored tokens, which belong to the same forward (so a
+store off the device refuses to train); there memory is older than the step and gets none.
+(6) The search is exact.
 
 Reduces to: `window_sinks` at b <= 0; far_t alone as b grows.
 """
@@ -26,6 +28,7 @@ Reduces to: `window_sinks` at b <= 0; far_t alone as b grows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PreTrainedModel
 
@@ -33,7 +36,7 @@ from memretrofit.config import MethodConfig
 from memretrofit.errors import NoTargetError
 from memretrofit.modules.knn import KNNMemory
 from memretrofit.modules.memory import AttentionMemory
-from memretrofit.modules.recall import Positions
+from memretrofit.modules.slab import Placement
 from memretrofit.patching.sites import AttentionSite, find_attention_sites
 from memretrofit.patching.surgery import patch_attention
 
@@ -52,10 +55,20 @@ class KNNMemoryConfig(MethodConfig):
     """First tokens of each row, never evicted."""
     top_k: int = 32
     """Stored tokens that each head attends. The paper's number."""
-    positions: Positions = "clamp"
-    """Where stored keys stand: at their `absolute` place, or all at the border of the window
-    (`clamp`). Sinks stay at their own place.
+    positions: Literal["absolute", "clamp", "grouped"] = "clamp"
+    """Where stored keys stand (`modules.positions`): at their `absolute` place; all at the border
+    of the window (`clamp`); or `grouped`, beyond it in steps. Sinks stay at their own place. Not
+    `reindexed`: of a token that returns, a search finds either, which would move all it found.
     """
+    position_group: int = 8
+    """Far tokens that share a position under `grouped`: W + T / position_group positions are used.
+    """
+    placement: Placement = "device"
+    """Where stored values lie; see `infllm`. Keys stay on the device, where every query is compared
+    with all of them.
+    """
+    hot_bytes: int = 0
+    """Bytes on the device, for each layer, of values that were fetched last from host or disk."""
     memory_layers: tuple[int, ...] | None = None
     """Patched layers with a memory; the others have sinks and window alone. None: all. The paper
     has one, near the top.
@@ -105,6 +118,9 @@ def patch_knn_memory(model: PreTrainedModel, config: KNNMemoryConfig) -> None:
             value_dim=site.value_dim,
             top_k=config.top_k,
             positions=config.positions,
+            position_group=config.position_group,
+            placement=config.placement,
+            hot_bytes=config.hot_bytes,
             **exact,
         )
 

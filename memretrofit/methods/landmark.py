@@ -16,9 +16,11 @@ the landmark. A retrofit leaves tokens, positions and masks to the user, so l_n 
 block's keys: u, d [K] per KV head, b per head. Training adapts q and k with it (LoRA), there
 the whole model. (2) The heads that share a KV head share its landmarks and their choice.
 (3) Exact attention over a sliding window and sinks, there over the query's own section. (4) Fetched
-keys stand at the border of the window (`positions`); the paper packs them by age ("stingy"
-positions), which is not built. (5) Distillation from the model's own full attention, there the
-next-token loss. Sinks stand at their place in the cache (at their own if "absolute").
+keys stand at the border of the window (`positions`); positions="reindexed" packs them by age, the
+landmark at its block's first token, where the paper's "stingy" positions also keep the true
+distances of the latest blocks and put a landmark behind its block. (5) Distillation
+from the model's own full attention, there the next-token loss. Sinks stand at their place in the
+cache (at their own if "absolute").
 
 Reduces to: the base model until something leaves; attention over near(t) and far(t) where each
 landmark's logit is the log-sum-exp of its block: untrained and with block_size=1, `infllm` with
@@ -33,7 +35,9 @@ from transformers import PreTrainedModel
 
 from memretrofit.config import MethodConfig
 from memretrofit.modules.landmark import LandmarkMemory
-from memretrofit.modules.recall import Positions, block_faults
+from memretrofit.modules.positions import Positions
+from memretrofit.modules.recall import block_faults
+from memretrofit.modules.slab import Placement
 from memretrofit.patching.sites import AttentionSite
 from memretrofit.patching.surgery import patch_attention
 
@@ -61,9 +65,17 @@ class LandmarkConfig(MethodConfig):
     training row has, so that every landmark learns.
     """
     positions: Positions = "clamp"
-    """Where fetched keys stand: at their `absolute` place, or all at the border of the window
-    (`clamp`: any length).
+    """Where fetched keys stand (`modules.positions`): at their `absolute` place; all at the border
+    of the window (`clamp`); `reindexed`, side by side before the window; or `grouped`, beyond the
+    window in steps. All but `absolute` read texts beyond the trained positions.
     """
+    position_group: int = 8
+    """Far tokens that share a position under `grouped`: W + T / position_group positions are used.
+    """
+    placement: Placement = "device"
+    """Where the store lies; see `infllm`."""
+    hot_bytes: int = 0
+    """Bytes on the device, for each layer, of blocks that were fetched last from host or disk."""
     layers_to_transform: tuple[int, ...] | None = None
     """Layers to patch; None patches every layer with full softmax attention."""
 
@@ -90,6 +102,9 @@ def patch_landmark(model: PreTrainedModel, config: LandmarkConfig) -> None:
             block_size=config.block_size,
             top_k=config.top_k,
             positions=config.positions,
+            position_group=config.position_group,
+            placement=config.placement,
+            hot_bytes=config.hot_bytes,
             num_heads=site.num_heads,
             num_key_value_heads=site.num_key_value_heads,
             key_dim=site.key_dim,

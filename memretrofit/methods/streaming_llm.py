@@ -49,7 +49,7 @@ class StreamingLLMConfig(MethodConfig):
 class SlotMemory(AttentionMemory):
     """Sinks and window with sinks at their place in the cache."""
 
-    positions = "slot"
+    sink_positions = "slot"
 
 
 def patch_streaming_llm(model: PreTrainedModel, config: StreamingLLMConfig) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from memretrofit.modules.memory import Accesses, AttentionMemory, Block, State
 from memretrofit.modules.recall import RecallMemory
 from memretrofit.modules.store import Store
+from memretrofit.modules.stored import refuse_training
 from memretrofit.ops.attend import merge
 
 
@@ -28,7 +29,7 @@ class ComposedMemory(AttentionMemory):
             sliding_window=recall.sliding_window, num_sink_tokens=recall.num_sink_tokens
         )
         self.recall, self.state = recall, state
-        self.positions = recall.positions
+        self.sink_positions = recall.sink_positions
         self.state_heads = state.state_heads
         # not a second child: the parameters have one name, under `state`
         vars(self)["write_features"] = state.write_features
@@ -48,8 +49,14 @@ class ComposedMemory(AttentionMemory):
         """Bytes of one row's store and state."""
         return self.recall.state_nbytes(tokens, itemsize) + self.state.state_nbytes(tokens)
 
+    def tier_nbytes(self, tokens: int = 0, itemsize: int = 4) -> dict[str, int]:
+        """Those of the store, and the state on the device."""
+        found = self.recall.tier_nbytes(tokens, itemsize)
+        return found | {"device": found["device"] + self.state.state_nbytes(tokens)}
+
     def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:
         """Fold what leaves into both; read the store, then the state beside window and recalled."""
+        refuse_training(self, self.recall.placement)
         store = self.recall.filled(block, state[:1])
         output, compressed = self.state(self._behind(block, store), state[1:])
         return output, (store, *compressed)

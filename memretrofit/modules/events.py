@@ -13,7 +13,8 @@ so an event can be chosen once the token behind it has left, or nothing can join
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ from torch.nn import functional as F
 
 from memretrofit.errors import StateError
 from memretrofit.modules.memory import Block, State, widened
-from memretrofit.modules.recall import QUERIES, RecallMemory, joined
 from memretrofit.modules.store import NEVER, Store
+from memretrofit.modules.stored import QUERIES, Asking, StoreMemory, joined
 from memretrofit.ops.attend import merge
-from memretrofit.ops.segment import choose_events
+from memretrofit.ops.segment import choose_events, coarse
 
 
 class Events(NamedTuple):
@@ -47,12 +48,24 @@ class _Read(NamedTuple):
     """[B, C] tokens that have left before each query."""
 
 
-class EventMemory(RecallMemory):
+class EventMemory(StoreMemory):
     """A store of all that left the window, and attention over the events that a query chooses."""
 
-    def __init__(self, *, least: int, most: int, similar: int, near: int, **recall: Any) -> None:
-        super().__init__(block_size=least, top_k=1, **recall)
+    growing = MappingProxyType({1: 2, 2: 2})
+
+    def __init__(
+        self,
+        *,
+        least: int,
+        most: int,
+        similar: int,
+        near: int,
+        granularity: Literal["kv_head", "layer"],
+        **stored: Any,
+    ) -> None:
+        super().__init__(block_size=least, **stored)
         self.least, self.most, self.similar, self.near = least, most, similar, near
+        self.granularity = granularity
 
     def initial_state(self, batch_size: int, like: Tensor) -> State:
         """An empty store and no events."""
@@ -63,20 +76,17 @@ class EventMemory(RecallMemory):
 
     def state_nbytes(self, tokens: int = 0, itemsize: int = 4) -> int:
         """Bytes of one row's state, if every event is as short as it may be."""
-        events, summary = tokens // self.least, 4 * self.state_heads * self.key_dim
-        # the store's own blocks have no summaries here
-        blocks = super().state_nbytes(tokens, itemsize) - -(-tokens // self.block_size) * summary
-        return blocks + events * (summary + 4)
+        events = tokens // self.least
+        summaries = events * (4 * self.state_heads * self.key_dim + 4)
+        return super().state_nbytes(tokens, itemsize) + summaries
 
     def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:
         """Store what leaves, and attend over the window and the events that each query chooses."""
         before, events = state[0], Events(*state[1:])  # type: ignore[arg-type]
         assert isinstance(before, Store)
-        store = before.append(
-            block.leaving_key, block.leaving_value, block.leaving_slots, block.writes
-        )
+        store = self.filled(block, state)
         if store is not before:
-            events = self._grown(events, before.lengths, block)
+            events = self._grown(events, before.lengths, store, block)
         state = (store, *events)
         if block.query is None:
             return None, state
@@ -86,8 +96,10 @@ class EventMemory(RecallMemory):
         output, _ = merge(*block.attend(), *self._far(block, store, events, left))
         return output.transpose(1, 2).to(block.leaving_value.dtype), state
 
-    def _grown(self, events: Events, lengths: Tensor, block: Block) -> Events:
-        """`events` after what leaves in `block`; `lengths` [B] tokens had left before."""
+    def _grown(self, events: Events, lengths: Tensor, store: Store, block: Block) -> Events:
+        """`events` after what leaves in `block`, which is in `store`; `lengths` [B] tokens had
+        left before.
+        """
         if block.leaving_places is None:
             raise StateError(
                 "An event memory needs the surprise of every token that leaves its window, and "
@@ -101,9 +113,8 @@ class EventMemory(RecallMemory):
         sizes = torch.zeros_like(number[:, :1]).repeat(1, last + 1)
         sizes = sizes.scatter_add(1, number, writes.long())
         sizes[:, 0] += held
-        key = block.rotate(
-            block.leaving_key, self.policy.key(block.leaving_slots.clamp(min=0))[None]
-        )
+        places = (block.leaving_slots - store.origin[:, None]).clamp(min=0)
+        key = self.searched(block.leaving_key, places, block)
         key = widened(key) * writes[:, None, :, None]
         sums = key.new_zeros(*key.shape[:2], last + 1, key.shape[-1])
         sums = sums.scatter_add(2, number[:, None, :, None].expand_as(key), key)
@@ -132,16 +143,15 @@ class EventMemory(RecallMemory):
         """Attention over far tokens alone: o [B, H, C, V] and lse [B, H, C]. `left` [B, C] tokens
         have left before each query.
         """
-        query, border = self.far_query(block), block.leaving_slots
+        asking = self.asking(block, store)
         sizes = events.sizes[:, 0, :, 0].long()
         ends = sizes.cumsum(-1)
-        wanted = self._chosen(query, events, sizes, ends, left)
+        wanted = self._chosen(asking.placed, events, sizes, ends, left)
         ends = ends.masked_fill(sizes == 0, NEVER)  # beyond a row's events: the one that is open
         parts = [
-            self._attend_events(q, slots, ends, _Read(member, count), store, block)
-            for q, slots, member, count in zip(
-                query.split(QUERIES, dim=2),
-                border.split(QUERIES),
+            self._attend_events(part, ends, _Read(member, count), store, block)
+            for part, member, count in zip(
+                asking.split(QUERIES),
                 wanted.split(QUERIES, dim=2),
                 left.split(QUERIES, dim=1),
                 strict=True,
@@ -155,12 +165,13 @@ class EventMemory(RecallMemory):
         """The events that each query attends [B, G | 1, C, N + 1], the open one last."""
         behind = ends + (sizes < self.most)  # what must have left for the event to be open
         is_open = ((sizes > 0)[:, None] & (behind[:, None] <= left[..., None]))[:, None]
-        summed = query.unflatten(1, (self.state_heads, -1)).sum(2)
-        scores = summed.to(events.means) @ events.means.mT
+        summed = query.unflatten(1, (self.state_heads, -1)).sum(2).to(events.means)
+        # a row of zeros: the product of one row alone sums equal keys in different orders
+        scores = (F.pad(summed, (0, 0, 0, 1)) @ events.means.mT)[:, :, :-1]
         if self.granularity == "layer":
             scores = scores.sum(1, keepdim=True)
         chosen = choose_events(
-            scores,
+            coarse(scores),
             is_open,
             sizes[:, None, None],
             similar=self.similar,
@@ -170,27 +181,22 @@ class EventMemory(RecallMemory):
         return F.pad(chosen | ~is_open, (0, 1), value=True)
 
     def _attend_events(
-        self,
-        query: Tensor,
-        border: Tensor,
-        ends: Tensor,
-        read: _Read,
-        store: Store,
-        block: Block,
+        self, asking: Asking, ends: Tensor, read: _Read, store: Store, block: Block
     ) -> tuple[Tensor, Tensor]:
         """Attention over the tokens of the wanted events that have left each query's window."""
         wanted, size = read.wanted, self.block_size
-        first = torch.arange(store.block_count(), device=border.device) * size
+        first = torch.arange(store.block_count(), device=asking.border.device) * size
         blocks = _of(wanted, ends, first) | _of(wanted, ends, first + size - 1)
         blocks &= first < read.left[:, None, :, None]
-        far = self.fetched(blocks, border, store, block)
-        entry = torch.arange(size, device=border.device)
+        far = self.fetched(blocks, asking, store, block)
+        entry = torch.arange(size, device=asking.border.device)
         place = (far.blocks[..., None] * size + entry).flatten(2)  # [B, G, U S]
-        visible = _of(wanted, ends, place) & (far.member[..., None] & far.left).flatten(-2)
-        heads = query.shape[1]
-        if heads != self.state_heads:
-            visible = visible.repeat_interleave(heads // self.state_heads, dim=1)
-        return block.attend_to(query, far.keys.flatten(2, 3), far.values.flatten(2, 3), visible)
+        heads = asking.query.shape[1]
+        of_event = _of(wanted, ends, place).unflatten(-1, (-1, size))
+        of_event = of_event.repeat_interleave(heads // self.state_heads, dim=1)
+        # an event has no gap, and a block has tokens of two events at most: see `packed`
+        attended = of_event & far.attended(heads)
+        return self.read(asking, far.keys, far.values, attended, block)
 
 
 def _of(wanted: Tensor, ends: Tensor, place: Tensor) -> Tensor:

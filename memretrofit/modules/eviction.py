@@ -14,18 +14,24 @@ not depend on how a text is cut, and a prune changes nothing before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import MappingProxyType
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memretrofit.errors import StateError
 from memretrofit.modules.memory import AttentionMemory, Block, State, widened
 from memretrofit.ops.attend import merge
 from memretrofit.ops.eviction import best, pooled, received
 
 NOTHING = 1e30
 """Normaliser of a query that attended nothing (padding, before the text): it pays nothing."""
+
+
+PLACES = ("kept_key", "kept_value", "new_key", "new_value", "received")
+"""What `Held` has of each place, on axis 2."""
 
 
 class Held(NamedTuple):
@@ -67,6 +73,9 @@ class EvictionMemory(AttentionMemory):
 
     shares_softmax = True
     observes_queries = True
+    growing = MappingProxyType(
+        dict.fromkeys((n for n, name in enumerate(Held._fields) if name in PLACES), 2)
+    )
 
     def __init__(
         self,
@@ -93,6 +102,10 @@ class EvictionMemory(AttentionMemory):
         """How many queries the state holds."""
         return self.observation_window
 
+    def _wanted(self, stretch: Stretch) -> int:
+        """How many of the last queries are needed after `stretch`."""
+        return self.remembered()
+
     def numbers_per_place(self) -> int:
         """Of one KV head."""
         return self.key_dim + self.value_dim
@@ -116,12 +129,46 @@ class EvictionMemory(AttentionMemory):
         """Bytes of one row's state, float32."""
         room, pruned = self.capacity(0), tokens // self.interval * self.interval
         if pruned:
-            room = max(room, self.capacity(self._length(pruned)))
+            length = pruned + self.sliding_window + self.num_sink_tokens
+            room = max(room, self.capacity(length))
         held = self.state_heads * (room + self.interval) * self.numbers_per_place()
         return 4 * (held + 3 + self.num_heads * self.remembered() * (self.key_dim + 1))
 
-    def _length(self, left: int) -> int:
-        return left + self.sliding_window + self.num_sink_tokens
+    def packed(self, state: State) -> State:
+        """The places that hold a token in some row."""
+        held = Held(*cast("tuple[Tensor, ...]", state))
+        kept, new = (int(count) for count in held.counts[:, :2].amax(0))
+        room, told = held.kept_key.shape[2], held.received
+        return held._replace(
+            kept_key=held.kept_key[:, :, room - kept :],
+            kept_value=held.kept_value[:, :, room - kept :],
+            new_key=held.new_key[:, :, :new],
+            new_value=held.new_value[:, :, :new],
+            received=None if told is None else told[:, :, room - kept : room + new],
+        ).state()
+
+    def unpacked(self, state: State) -> State:
+        """As many places as `initial_state` has, or more where more are kept."""
+        held = Held(*cast("tuple[Tensor, ...]", state))
+        kept, new = (int(count) for count in held.counts[:, :2].amax(0))
+        found = [len(x[0, 0]) for name in PLACES if (x := getattr(held, name)) is not None]
+        whole = bool((held.counts == held.counts.round()).all()) and bool((held.counts >= 0).all())
+        expected = [kept, kept, new, new, kept + new][: len(found)]
+        if not whole or found != expected or new >= self.interval:
+            raise StateError(
+                f"an eviction state with the counts {held.counts.tolist()} has {found} places for "
+                f"{', '.join(PLACES[: len(found)])}; expected {expected}, fewer than "
+                f"{self.interval} of them new"
+            )
+        before, behind = max(self.capacity(0) - kept, 0), self.interval - new
+        told = held.received
+        return held._replace(
+            kept_key=F.pad(held.kept_key, (0, 0, before, 0)),
+            kept_value=F.pad(held.kept_value, (0, 0, before, 0)),
+            new_key=F.pad(held.new_key, (0, 0, 0, behind)),
+            new_value=F.pad(held.new_value, (0, 0, 0, behind)),
+            received=None if told is None else F.pad(told, (before, behind)),
+        ).state()
 
     def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:
         """Attend over what is held, and prune where a row's buffer is full."""
@@ -145,7 +192,7 @@ class EvictionMemory(AttentionMemory):
             with torch.no_grad():
                 lse = lse.masked_fill(lse == -torch.inf, NOTHING)
                 held = self._observed(held, stretch, block, lse, first)
-                places = self._places(held, block, due) if due.any() else None
+                places = self._places(held, block, stretch, due) if due.any() else None
             if places is not None:
                 held = self._pruned(held, places, due)
         output = torch.cat(outputs, dim=2).transpose(1, 2)
@@ -187,7 +234,7 @@ class EvictionMemory(AttentionMemory):
         """`held` after the queries of `stretch` attended, with normalisers `lse`; rows had buffered
         `first` [B] tokens before.
         """
-        last = self.remembered()
+        last = self._wanted(stretch)
         return held._replace(
             query=torch.cat([held.query, stretch.query.to(held.query.dtype)], 2)[:, :, -last:],
             lse=torch.cat([held.lse, lse.to(held.lse.dtype)], 2)[:, :, -last:],
@@ -200,11 +247,11 @@ class EvictionMemory(AttentionMemory):
         found = received(block.scores(held.query, key), held.lse, visible, self.state_heads)
         return pooled(found, self.kernel_size)
 
-    def _places(self, held: Held, block: Block, due: Tensor) -> Tensor:
+    def _places(self, held: Held, block: Block, stretch: Stretch, due: Tensor) -> Tensor:
         """[B, G, M'] the places that stay, -1 where a row fills fewer than M'."""
         left = held.counts[:, 2].long().tolist()
         counts = [
-            self.capacity(self._length(n)) if pruned else 0
+            self.capacity(n + stretch.window + self.num_sink_tokens) if pruned else 0
             for n, pruned in zip(left, due.tolist(), strict=True)
         ]
         return best(
@@ -256,6 +303,10 @@ class HeavyHitterMemory(EvictionMemory):
         """Those that attended a token while it was in the window."""
         return self.sliding_window
 
+    def _wanted(self, stretch: Stretch) -> int:
+        # not `self.sliding_window`: a forward may run in another window (`window_override`)
+        return stretch.window
+
     def numbers_per_place(self) -> int:
         """The sum is one more."""
         return super().numbers_per_place() + 1
@@ -297,6 +348,11 @@ class Stretch(NamedTuple):
     writes: Tensor
     query_slots: Tensor
     leaving_slots: Tensor
+
+    @property
+    def window(self) -> int:
+        """Tokens between a query and what leaves as it arrives."""
+        return int(self.query_slots[0] - self.leaving_slots[0])
 
     @classmethod
     def cut(cls, block: Block, low: int, high: int, rows: int) -> Stretch:

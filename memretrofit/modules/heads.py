@@ -6,8 +6,10 @@ it, in one softmax with the window::
     out_t = merge(attend(q_t, window), attend(q_t, all that left by t))     query heads of F
     out_t = attend(q_t, window)                                             the others
 
-The stored tokens are read in slices that are merged by their normalisers, so that the memory of a
-read does not grow with the text; its time is linear in it, as it must be.
+The stored tokens are read block by block where they lie, without a copy, and the blocks are merged
+by their normalisers, a slice of blocks at a time, so that the memory of a read does not grow with
+the text; its time is linear in it, as it must be. That is also why the store stays on the device:
+elsewhere, every step would move all of it.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ import torch
 from torch import Tensor
 
 from memretrofit.modules.memory import AttentionMemory, Block, State
-from memretrofit.modules.store import NEVER, Store
-from memretrofit.ops.attend import merge
+from memretrofit.modules.store import Store
+from memretrofit.ops.attend import merge, merge_all
 
 BLOCK = 64
 """Tokens of a block of the store: what is fetched at the least."""
 NUMBERS = 2**22
-"""What one KV head holds at a time: keys and values of a slice, and the scores of its queries."""
+"""What one KV head holds at a time: of each block in a slice, its queries, scores and outputs."""
 
 
 class HeadPlanMemory(AttentionMemory):
@@ -97,13 +99,19 @@ class HeadPlanMemory(AttentionMemory):
         count = query.shape[2]
         arrived = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()
         found = block.attend_to(query, key, value, block.writes[:, None, None] & arrived)
-        rows, blocks = query.shape[0], store.block_count()
-        per_token = self.key_dim + self.value_dim + count * query.shape[1] // self.state_heads
-        step = max(1, self.numbers_at_once // (per_token * store.block_size))
-        for first in range(0, blocks, step):
-            index = torch.arange(first, min(first + step, blocks), device=query.device)
-            keys, values, slots = store.fetch(index.expand(rows, self.state_heads, -1))
-            held = (slots[:, :1] != NEVER).flatten(2)[:, :, None]  # [B, 1, 1, tokens]
-            part = block.attend_to(query, keys.flatten(2, 3), values.flatten(2, 3), held)
+        rows, width = query.shape[0], query.shape[-1]
+        per_block = (
+            count * query.shape[1] // self.state_heads * (width + self.value_dim + store.block_size)
+        )
+        step = max(1, self.numbers_at_once // (rows * per_block))
+        for keys, values, held in store.slices(step):
+            # blocks are rows of the batch: the queries are repeated, which are few, not the keys
+            o, lse = block.attend_to(
+                query.expand(len(keys), *query.shape).flatten(0, 1),
+                keys.flatten(0, 1),
+                values.flatten(0, 1),
+                held.flatten(0, 1)[:, None, None],
+            )
+            part = merge_all(o.unflatten(0, (-1, rows)), lse.unflatten(0, (-1, rows)))
             found = merge(*found, *part)
         return found

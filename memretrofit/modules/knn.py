@@ -1,21 +1,28 @@
 """Attention over the window, and beside it over the stored tokens nearest to each query.
 
-Two softmaxes, mixed per head; the store, and where far keys stand, are those of
-`modules.recall`, with blocks of one token.
+Two softmaxes, mixed per head; the store, and where far keys stand, are those of `modules.stored`,
+with blocks of one token. A token has one place for all its readers, so its key is stored where it
+stands, and the search reads the stored keys themselves: they stay on the device, while values may
+lie elsewhere.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memretrofit.modules.memory import Block, State, widened
-from memretrofit.modules.recall import QUERIES, Positions, RecallMemory, joined
+from memretrofit.modules.slab import Placement
 from memretrofit.modules.store import Store
+from memretrofit.modules.stored import QUERIES, Asking, StoreMemory, joined
 from memretrofit.ops.select import choose_blocks
 
 SCORES = 2**20
 """Scores that one head holds at a time: queries times stored tokens."""
+SEARCHED = 2**14
+"""Stored keys that are searched at a time: what is widened of keys in half precision."""
 
 
 class ReadGate(nn.Module):
@@ -38,34 +45,19 @@ class ReadGate(nn.Module):
         return (near + gate * (far - near)).to(local.dtype)
 
 
-class KNNMemory(RecallMemory):
+class KNNMemory(StoreMemory):
     """Each query head attends the `top_k` stored tokens whose keys score highest with its query."""
 
-    def __init__(
-        self,
-        *,
-        num_heads: int,
-        num_key_value_heads: int,
-        key_dim: int,
-        value_dim: int,
-        top_k: int,
-        positions: Positions,
-        sliding_window: int,
-        num_sink_tokens: int,
-    ) -> None:
-        super().__init__(
-            sliding_window=sliding_window,
-            num_sink_tokens=num_sink_tokens,
-            block_size=1,
-            top_k=top_k,
-            granularity="kv_head",
-            positions=positions,
-            num_key_value_heads=num_key_value_heads,
-            key_dim=key_dim,
-            value_dim=value_dim,
-        )
-        self.positions = "absolute"  # with closed gates it is the plain window, sinks and all
+    def __init__(self, *, num_heads: int, top_k: int, **stored: Any) -> None:
+        super().__init__(block_size=1, **stored)
+        self.top_k = top_k
+        self.sink_positions = "absolute"  # with closed gates it is the plain window, sinks and all
         self.read_gate = ReadGate(num_heads)
+
+    @property
+    def key_placement(self) -> Placement:
+        """A search reads every key."""
+        return "device"
 
     def forward(self, block: Block, state: State) -> tuple[Tensor | None, State]:
         """Store what leaves, and mix the window's attention with that over the nearest tokens."""
@@ -80,53 +72,65 @@ class KNNMemory(RecallMemory):
             far, found = torch.zeros_like(widened(local)), local.new_zeros(local.shape[:3]).bool()
         return self.read_gate(local, far, found), (store,)
 
+    def stored_key(self, block: Block, store: Store) -> Tensor:
+        """The leaving keys where they stand."""
+        origin = store.origin_with(block.leaving_slots, block.writes)
+        places = (block.leaving_slots - origin[:, None]).clamp(min=0)
+        return self.searched(block.leaving_key, places, block).to(block.leaving_key.dtype)
+
     def far(self, block: Block, store: Store) -> tuple[Tensor, Tensor]:
         """Attention over each query's nearest tokens alone: o [B, H, C, V] and lse [B, H, C]."""
-        query, border = self.far_query(block), block.leaving_slots
         size = min(QUERIES, max(1, SCORES // store.block_count()))
+        parts = self.asking(block, store).split(size)
         return joined(
             [
-                self._read(q, *self.nearest(q, left, store), left, store, block)
-                for q, left in zip(query.split(size, dim=2), border.split(size), strict=True)
+                self._read_own(part, *self.nearest(part.placed, part.border, store), store, block)
+                for part in parts
             ]
         )
 
     @torch.no_grad()
     def nearest(self, query: Tensor, border: Tensor, store: Store) -> tuple[Tensor, Tensor]:
-        """Numbers of the stored tokens that each query reads [B, H, C, k], and which of these there
-        are [B, H, C, k] bool. `border` [C] is the last slot that has left each query's window.
+        """Numbers of the stored tokens that each query [B, H, C, K] reads, [B, H, C, k] in the
+        order of the text, and which of these there are [B, H, C, k] bool. `border` [C] is the last
+        slot that has left each query's window.
         """
         slots, _ = store.spans()  # [B, N]
-        keys = store.summaries[: slots.shape[1]]
-        grouped = query.unflatten(1, (self.state_heads, -1)).to(keys.dtype)
-        scores = torch.einsum("bgicd,nbgd->bgicn", grouped, keys).flatten(1, 2)
+        count = slots.shape[1]
+        query = widened(query).unflatten(1, (self.state_heads, -1))
+        scores = torch.cat(
+            [
+                torch.einsum("bgicd,nbgd->bgicn", query, widened(keys[..., 0, :]))
+                for piece in store.keys.pieces(count)
+                for keys in piece.split(SEARCHED)
+            ],
+            dim=-1,
+        ).flatten(1, 2)
         left = (slots[:, None] <= border[:, None])[:, None]  # [B, 1, C, N]
         chosen = choose_blocks(scores, left, self.top_k)
-        held, index = chosen.byte().topk(min(self.top_k, slots.shape[1]), dim=-1)
-        return index, held.bool()
+        held, index = chosen.byte().topk(min(self.top_k, count), dim=-1)
+        index = index.masked_fill(held == 0, count).sort(-1).values
+        return index.clamp(max=count - 1), index < count
 
-    def _read(
-        self,
-        query: Tensor,
-        index: Tensor,
-        held: Tensor,
-        border: Tensor,
-        store: Store,
-        block: Block,
+    def _read_own(
+        self, asking: Asking, index: Tensor, held: Tensor, store: Store, block: Block
     ) -> tuple[Tensor, Tensor]:
-        (rows, heads, count, found), groups = index.shape, self.state_heads
-        keys, values, slots = store.fetch(index.reshape(rows, groups, -1))
-        placed = self.far_keys(keys, slots, border, block)
+        rows, heads, count, found = index.shape
+        keys, values, _ = store.fetch(index.reshape(rows, self.state_heads, -1))
 
         def by_query(x: Tensor) -> Tensor:
-            return x.reshape(rows, heads, count, found, -1).transpose(1, 2).flatten(0, 1)
+            return x.transpose(1, 2).flatten(0, 1)
 
         # every query has tokens of its own: queries are rows of the batch
-        o, lse = block.attend_to(
-            query.transpose(1, 2).flatten(0, 1)[:, :, None],
-            by_query(placed),
-            by_query(values),
-            by_query(held).transpose(-1, -2),
+        alone = Asking(
+            by_query(asking.query)[:, :, None],
+            by_query(asking.placed)[:, :, None],
+            asking.positions.expand(rows, -1).flatten()[:, None],
+            asking.border,
         )
+        keys, values = (
+            by_query(x.reshape(rows, heads, count, found, 1, -1)) for x in (keys, values)
+        )
+        o, lse = self.read(alone, keys, values, by_query(held)[:, :, None, :, None], block)
         o, lse = (x.unflatten(0, (rows, count)).transpose(1, 2) for x in (o, lse))
         return o.squeeze(3), lse.squeeze(3)

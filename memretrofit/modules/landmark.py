@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from memretrofit.modules.memory import Block, State, widened
 from memretrofit.modules.recall import RecallMemory
 from memretrofit.modules.store import Store
+from memretrofit.modules.stored import Asking
 from memretrofit.ops.chunks import full_precision
 
 
@@ -98,30 +99,33 @@ class LandmarkMemory(RecallMemory):
             output = output + silent.to(output.dtype)
         return output, state
 
-    def summary(self, keys: Tensor, slots: Tensor, block: Block) -> Tensor:
+    def summary(self, keys: Tensor, places: Tensor, block: Block) -> Tensor:
         """The landmarks of full blocks: [n, B, G, K]."""
-        placed = slots.flatten(0, 1)
-        landmarks = self.landmark(keys.flatten(0, 1), lambda x: self._placed(x, placed, block))
+        flat = places.flatten(0, 1)
+        landmarks = self.landmark(keys.flatten(0, 1), lambda x: self.searched(x, flat, block))
         return landmarks.view_as(keys[..., 0, :])
 
     def _attend(
-        self, query: Tensor, border: Tensor, wanted: Tensor, store: Store, block: Block
+        self, asking: Asking, wanted: Tensor, store: Store, block: Block
     ) -> tuple[Tensor, Tensor]:
         count = store.summaries.shape[0]
         if not count:
-            return super()._attend(query, border, wanted, store, block)
-        far = self.fetched(wanted, border, store, block)
-        rows, groups, blocks, size = far.keys.shape[:4]
-        row = torch.arange(rows, device=query.device)[:, None, None]
-        head = torch.arange(groups, device=query.device)[:, None]
+            return super()._attend(asking, wanted, store, block)
+        far = self.fetched(wanted, asking, store, block)
+        rows, groups = far.keys.shape[:2]
+        row = torch.arange(rows, device=wanted.device)[:, None, None]
+        head = torch.arange(groups, device=wanted.device)[:, None]
         # a block that is not full yet may have no summary, and reads none
         landmarks = store.summaries[far.blocks.clamp(max=count - 1), row, head]  # [B, G, U, K]
-        per_head = (rows, groups, query.shape[1] // groups, query.shape[2], blocks)
-        bias = widened(self.bias).view(groups, -1, 1, 1)
+        heads = asking.query.shape[1]
+        attended = far.attended(heads)
+        logits = self.logits(asking, far.keys, attended, block)
+        of_blocks = self.logits(asking, landmarks[:, :, :, None], attended, block)[..., 0]
+        of_blocks = of_blocks + widened(self.bias)[:, None, None]
         o, lse = two_level(
-            block.scores(query, far.keys.flatten(2, 3)).view(*per_head, size),
-            (far.member[..., None] & far.left)[:, :, None],
-            block.scores(query, landmarks).view(per_head) + bias,
+            logits.unflatten(1, (groups, -1)),
+            attended.unflatten(1, (groups, -1)),
+            of_blocks.unflatten(1, (groups, -1)),
             far.left.all(-1)[:, :, None],
             far.values,
         )

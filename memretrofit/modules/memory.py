@@ -8,8 +8,9 @@ attention output. Letters: see `memretrofit.__doc__`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -129,13 +130,17 @@ class AttentionMemory(nn.Module):
     """Whether the state depends on the queries, so that it must meet each of them, in order: then
     `Block.query` is there in every block (post_rope), and what the read returns may be discarded.
     """
-    positions: str = "absolute"
+    sink_positions: str = "absolute"
     """Where sinks stand for the rotary embedding: `absolute`, or by `slot` in the cache
     (StreamingLLM).
     """
 
     state_heads: int
     """Heads that hold a state; set by memories that have one."""
+    growing: Mapping[int, int] = MappingProxyType({})
+    """Of each tensor of a packed state that is as long as the text makes it, its place in the
+    state: the axis that grows.
+    """
 
     def __init__(self, *, sliding_window: int, num_sink_tokens: int) -> None:
         super().__init__()
@@ -152,6 +157,18 @@ class AttentionMemory(nn.Module):
         """The empty state for `batch_size` rows, on the device of `like`."""
         return ()
 
+    def packed(self, state: State) -> State:
+        """`state` without the room in which it holds nothing yet: what a file keeps."""
+        return state
+
+    def unpacked(self, state: State) -> State:
+        """A state that goes on as the one that `packed` was given.
+
+        Raises:
+            StateError: its sizes or numbers contradict each other.
+        """
+        return state
+
     def per_state_head(self, x: Tensor) -> Tensor:
         """Keys or values [B, G, ...] for the heads that hold a state: [B, state heads, ...]."""
         repeats = self.state_heads // x.shape[1]
@@ -162,6 +179,10 @@ class AttentionMemory(nn.Module):
         of keys and values, for memories that hold these as they are.
         """
         return 0
+
+    def tier_nbytes(self, tokens: int = 0, itemsize: int = 4) -> dict[str, int]:
+        """`state_nbytes` by where they lie: `device`, and `host` or `disk` where a store does."""
+        return {"device": self.state_nbytes(tokens, itemsize)}
 
     def accesses(self, block: Block) -> Accesses:
         """How `block` writes and reads the slots of the state; for measurements alone.

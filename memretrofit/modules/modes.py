@@ -20,7 +20,7 @@ class ModesMemory(AttentionMemory):
 
     key_space = "pre_rope"
     shares_softmax = True
-    positions = "slot"  # as modes do, sinks stand nearer than they are: no distance is untrained
+    sink_positions = "slot"  # nearer than they are, as modes do: no distance is untrained
 
     def __init__(
         self,

@@ -73,7 +73,8 @@ class Slab:
     @classmethod
     def opened(cls, blocks: Tensor, complete: int, device: torch.device) -> Slab:
         """A slab that begins with `blocks` [N, B, G, S, D], of which `complete` will not change."""
-        return cls(blocks.to(device), device, borrowed=True)
+        room = blocks.to(device)
+        return cls(room, device, borrowed=room is blocks)
 
     @property
     def first(self) -> int:
@@ -141,8 +142,8 @@ class Slab:
         """In place: what is overwritten is in no store that is still read. Gradients need both."""
         if torch.is_grad_enabled() and (self.room.requires_grad or new.requires_grad):
             return type(self)(self.room.clone(), self.device)
-        if self.borrowed:
-            self.room, self.borrowed = self.room.clone(), False
+        if self.borrowed:  # the one copy has room for what follows
+            self._grow(self.room.shape[0] + self._spare(self.room.shape[0]) + 1)
         return self
 
     def take(self, units: Tensor) -> Tensor:
@@ -253,16 +254,23 @@ class HostSlab(Slab):
         room = self.room[max(low - first, 0) : max(high - first, 0)]
         if self.base is None or self.base_rows is None or low >= first:
             return room
-        base = self.base[low:high].index_select(1, self.base_rows)
+        base = self._base_of(low, high)
         return torch.cat([base, room]) if len(room) else base
+
+    def _base_of(self, low: int, high: int) -> Tensor:
+        """Opened blocks with our rows; without a copy where these never moved."""
+        assert self.base is not None
+        assert self.base_rows is not None
+        base = self.base[low:high]
+        own = torch.equal(self.base_rows, torch.arange(base.shape[1]))
+        return base if own else base.index_select(1, self.base_rows)
 
     def pieces(self, blocks: int) -> list[Tensor]:
         """See `Slab.pieces`."""
         room = self.room[: max(blocks - self.first, 0)]
         if self.base is None or self.base_rows is None:
             return [room]
-        own = torch.equal(self.base_rows, torch.arange(self.base.shape[1]))
-        return [self.base if own else self.base.index_select(1, self.base_rows), room]
+        return [self._base_of(0, min(blocks, self.first)), room]
 
     def rows(self, order: Tensor, blocks: int) -> Slab:
         """See `Slab.rows`; opened blocks are shared, not copied.

@@ -12,7 +12,7 @@ the blocks fetched last on the device (`hot_blocks`); slots, lengths and summari
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,15 +60,19 @@ class Store:
         value: Tensor,
         *,
         placement: Placement = "device",
-        cache_bytes: int = 0,
+        key_placement: Placement | None = None,
+        hot_bytes: int = 0,
     ) -> Store:
         """A store for tokens like `key` [B, G, *, K] and `value` [B, G, *, V]; with room for
-        `cache_bytes` of fetched blocks on the device when they lie elsewhere.
+        `hot_bytes` of fetched blocks on the device when they lie elsewhere. Keys lie where values
+        do unless `key_placement` is given.
         """
         rows, heads = key.shape[:2]
-        kind = PLACEMENTS[placement]
-        keys = kind.empty(rows, heads, block_size, key.shape[-1], key)
-        values = kind.empty(rows, heads, block_size, value.shape[-1], value)
+        kinds = PLACEMENTS[key_placement or placement], PLACEMENTS[placement]
+        keys, values = (
+            kind.empty(rows, heads, block_size, like.shape[-1], like)
+            for kind, like in zip(kinds, (key, value), strict=True)
+        )
         lengths = key.new_zeros(rows, dtype=torch.long)
         return cls(
             keys=keys,
@@ -78,7 +82,7 @@ class Store:
             lengths=lengths,
             counts=(0,) * rows,
             summarised=(0,) * rows,
-            hot=None if placement == "device" else HotBlocks((keys, values), cache_bytes),
+            hot=_hot_blocks(keys, values, hot_bytes),
         )
 
     @classmethod
@@ -91,7 +95,8 @@ class Store:
         lengths: Tensor,
         *,
         placement: Placement,
-        cache_bytes: int = 0,
+        key_placement: Placement | None = None,
+        hot_bytes: int = 0,
     ) -> Store:
         """A store of the tensors of `saved`, whole or mapped: on host and disk, complete blocks of
         keys and values stay where they are (`slab`). None is ever written. The store is read on the
@@ -116,17 +121,20 @@ class Store:
                 f"A saved store with keys {list(keys.shape)} has summaries "
                 f"{list(summaries.shape)}. The file is damaged: save it again."
             )
-        kind = PLACEMENTS[placement]
-        slabs = [kind.opened(blocks, min(full), device) for blocks in (keys, values)]
+        kinds = PLACEMENTS[key_placement or placement], PLACEMENTS[placement]
+        key_slab, value_slab = (
+            kind.opened(blocks, min(full), device)
+            for kind, blocks in zip(kinds, (keys, values), strict=True)
+        )
         return cls(
-            keys=slabs[0],
-            values=slabs[1],
+            keys=key_slab,
+            values=value_slab,
             slot_slab=Slab.opened(slots[:, :, None, :, None], 0, device),
             summary_slab=Slab.opened(summaries[:, :, :, None], 0, device),
             lengths=lengths,
             counts=counts,
             summarised=tuple(min(blocks, summaries.shape[0]) for blocks in full),
-            hot=None if placement == "device" else HotBlocks(slabs, cache_bytes),
+            hot=_hot_blocks(key_slab, value_slab, hot_bytes),
         )
 
     def saved(self) -> dict[str, list[Tensor]]:
@@ -154,6 +162,19 @@ class Store:
     def summaries(self) -> Tensor:
         """[N, B, G, K], with spare room behind the last full block."""
         return self.summary_slab.room[:, :, :, 0]
+
+    @property
+    def origin(self) -> Tensor:
+        """[B] slot of the first token of each row, which is at place 0; 0 where a row has none."""
+        if not self.slot_slab.room.shape[0]:
+            return torch.zeros_like(self.lengths)
+        return self.slots[0, :, 0].masked_fill(self.lengths == 0, 0)
+
+    def origin_with(self, slots: Tensor, writes: Tensor) -> Tensor:
+        """`origin` once tokens at `slots` [C] were appended where `writes` [B | 1, C] is true."""
+        if not slots.numel():
+            return self.origin
+        return torch.where(self.lengths > 0, self.origin, slots[writes.byte().argmax(-1)])
 
     def block_count(self) -> int:
         """Blocks that hold a token in some row."""
@@ -223,7 +244,8 @@ class Store:
 
     def summarise(self, summary: Callable[[Tensor, Tensor], Tensor]) -> Store:
         """This store with `summary` of the blocks that became full: keys [n, b, G, S, K] and
-        slots [n, b, S] to [n, b, G, K]; b is B, or 1 where rows fill blocks at different times.
+        places [n, b, S], which count from `origin`, to [n, b, G, K]; b is B, or 1 where rows fill
+        blocks at different times.
         """
         full = tuple(count // self.block_size for count in self.counts)
         if full == self.summarised:
@@ -232,7 +254,8 @@ class Store:
         device = self.lengths.device
         if len(set(zip(self.summarised, full, strict=True))) == 1:
             low, high = self.summarised[0], full[0]
-            new = summary(self.keys.blocks(low, high).to(device), self.slots[low:high])
+            places = self.slots[low:high] - self.origin[:, None]
+            new = summary(self.keys.blocks(low, high).to(device), places)
             known = self.summary_slab.extend(low, new.movedim(0, 2))
         else:
             ranges = list(zip(self.summarised, full, strict=True))
@@ -241,7 +264,8 @@ class Store:
                 torch.tensor([high - low for low, high in ranges])
             )
             block, row = block.to(device), row.to(device)
-            new = summary(self._of_rows(self.keys, block, row), self.slots[block, row][:, None])
+            places = self.slots[block, row] - self.origin[row, None]
+            new = summary(self._of_rows(self.keys, block, row), places[:, None])
             known = self.summary_slab.put(block, row, torch.zeros_like(block), new[:, 0])
         return replace(self, summary_slab=known, summarised=full)
 
@@ -258,14 +282,27 @@ class Store:
         entry = torch.arange(self.block_size, device=blocks.device)
         of_row = blocks * rows + row
         units = of_row * heads + head
-        if self.hot is None:
-            keys, values = self.keys.take(units), self.values.take(units)
-        else:
-            full = torch.tensor(self.counts) // self.block_size
-            keys, values = self.hot.take(units, full)
+        full = torch.tensor(self.counts) // self.block_size
+        hot = [] if self.hot is None else self.hot.take(units, full)
+        keys = hot[0] if len(hot) == 2 else self.keys.take(units)
+        values = hot[-1] if hot else self.values.take(units)
         held = blocks[..., None] * self.block_size + entry < self.lengths[:, None, None, None]
         slots = self.slot_slab.take(of_row)[..., 0].masked_fill(~held, NEVER)
         return keys, values, slots
+
+    def slices(self, most: int) -> Iterator[Fetched]:
+        """All blocks in order, at most so many at a time, where they lie: keys [n, B, G, S, K],
+        values [n, B, G, S, V], and bool [n, B, S], whether a place holds a token.
+        """
+        size, count = self.block_size, self.block_count()
+        border = min(self.keys.first, count)
+        # opened blocks and those behind them lie apart
+        for begin, end in ((0, border), (border, count)):
+            for low in range(begin, end, most):
+                high = min(low + most, end)
+                place = torch.arange(low * size, high * size, device=self.lengths.device)
+                held = place.view(-1, 1, size) < self.lengths[:, None]
+                yield self.keys.blocks(low, high), self.values.blocks(low, high), held
 
     def spans(self) -> tuple[Tensor, Tensor]:
         """Slots of the first and of the last token of each block, each [B, N]; `NEVER` where the
@@ -299,7 +336,7 @@ class Store:
             lengths=self.lengths[order],
             counts=tuple(self.counts[i] for i in chosen),
             summarised=tuple(self.summarised[i] for i in chosen),
-            hot=None if self.hot is None else HotBlocks((keys, values), self.hot.limit),
+            hot=None if self.hot is None else _hot_blocks(keys, values, self.hot.limit),
         )
 
     def earlier(self, tokens: int) -> Store:
@@ -342,7 +379,8 @@ class Store:
         small = (self.slot_slab.nbytes, self.summary_slab.nbytes, self.lengths.nbytes)
         found: dict[Placement, int] = dict.fromkeys(PLACEMENTS, 0)
         found["device"] = sum(small) + (0 if self.hot is None else self.hot.nbytes)
-        found[self.keys.placement] += self.keys.nbytes + self.values.nbytes
+        for slab in (self.keys, self.values):
+            found[slab.placement] += slab.nbytes
         return found
 
     @property
@@ -354,3 +392,9 @@ class Store:
     def nbytes(self) -> int:
         """Bytes on all tiers."""
         return sum(self.tier_nbytes().values())
+
+
+def _hot_blocks(keys: Slab, values: Slab, nbytes: int) -> HotBlocks | None:
+    """Room for blocks of the slabs that are not on the device: none, values, or both."""
+    elsewhere = [slab for slab in (keys, values) if slab.placement != "device"]
+    return HotBlocks(elsewhere, nbytes) if elsewhere else None

@@ -40,19 +40,27 @@ def attend(
     Raises:
         ValueError: H is no multiple of G, or the mask is not boolean.
     """
+    return weighted(scores(q, k, scale=scale, softcap=softcap), v, mask)
+
+
+def weighted(s: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention by given logits s [B,H,T,S] over v [B,G,S,V]: o [B,H,T,V] and lse [B,H,T].
+
+    Raises:
+        ValueError: the mask is not boolean.
+    """
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask has dtype {mask.dtype}; pass a boolean one, True where visible.")
-    (batch, heads, time, _), groups = q.shape, k.shape[1]
-    s = scores(q, k, scale=scale, softcap=softcap)
+    (batch, heads, time, keys), groups = s.shape, v.shape[1]
     blind = None
     if mask is not None:
         blind = ~mask.any(-1)  # [B|1, 1|H, T]
         # A row of -inf has NaN gradients: blind rows see all keys here, and are emptied below.
         s = s.masked_fill(~(mask | blind[..., None]), -torch.inf)
-    with full_precision(q):
+    with full_precision(s):
         lse = s.logsumexp(-1)
         weights = (s - lse[..., None]).exp()
-        o = weights.view(batch, groups, heads // groups * time, k.shape[2]) @ v.to(s.dtype)
+        o = weights.reshape(batch, groups, heads // groups * time, keys) @ v.to(s.dtype)
         o = o.view(batch, heads, time, v.shape[-1])
         if blind is not None:
             o, lse = o.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
@@ -90,3 +98,12 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, T
     lse = torch.logaddexp(lse1, lse2)
     o = (lse1 - lse).exp()[..., None] * o1 + (lse2 - lse).exp()[..., None] * o2
     return o, lse.masked_fill(empty, -torch.inf)
+
+
+def merge_all(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge` of n parts at once: o [n, ..., V] and lse [n, ...] to [..., V] and [...]."""
+    total = lse.logsumexp(0)
+    empty = total == -torch.inf
+    # -inf - -inf is NaN: where all parts are empty, any finite weights serve their zeros
+    weights = (lse.masked_fill(empty, 0.0) - total.masked_fill(empty, 0.0)).exp()
+    return (weights[..., None] * o).sum(0), total

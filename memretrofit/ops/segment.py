@@ -6,7 +6,10 @@ One row of text; the tokens in its padding have no surprise (NaN) and count nowh
     b_t  = s_t > mean(P_t) + gamma std(P_t),   P_t = {s_j : t - window <= j < t}   (two at least)
     t begins an event  <=>  the open event holds `most` tokens,  or b_t and it holds `least`
 
-Refinement moves an edge to where the similarities A of the tokens around it fall apart best::
+Refinement (`refine`) moves an edge to where the similarities A of the tokens around it fall apart
+best. From an edge a, let e be the first token after the one that asked for a, and in [a + least,
+a + most), that asks for a cut, and h = (e - a) // 2; the next edge is the best of a + least .. e
+among the tokens a - h .. e + h - 1, and a + most if there is no such e::
 
     Q(t)   = 1/4m sum over both sides c of  sum_{i,j in c} (A_ij - k_i k_j / 2m)        modularity
     phi(t) = cut(t) / min(vol(before t), vol(from t))                                  conductance
@@ -19,6 +22,9 @@ Fountas et al., 2024, arXiv:2407.09450, sections 3.1 to 3.3.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,6 +36,9 @@ STEP = 2.0**-16
 
 LIMIT = 128.0
 """Nats above which surprises are alike; keeps the sum of 2**15 squares in 64 bits."""
+
+GRAIN = 2.0**-16
+"""Steps in which the qualities of edges are compared: equal ones are equal in any order of sums."""
 
 ROWS = 128
 """Rows of logits that are widened to float32 together."""
@@ -109,6 +118,23 @@ def places(boundary: Tensor, member: Tensor, size: Tensor, *, least: int, most: 
     return torch.full_like(packed, -1).scatter(1, order, packed).masked_fill(~member, -1)
 
 
+def resampled(surprising: Tensor, ranks: Tensor, window: int, history: Tensor) -> Tensor:
+    """Cuts at random, as many as surprise makes: token t asks for one if a token drawn among the
+    `window` before it was `surprising` [B, T] bool.
+
+    What is drawn depends on the rank of t among its row's real tokens, `ranks` [B, T], and on
+    nothing else. `history` [B, h] is `surprising` of the slots before, at least `window` of them or
+    all.
+    """
+    known = torch.cat([history, surprising], dim=1)
+    mixed = (ranks + 1) * -7046029254386353131  # multiply and fold: a hash of 64 bits
+    mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
+    mixed = (mixed ^ (mixed >> 32)) & (2**62 - 1)
+    back = 1 + mixed % ranks.clamp(min=1, max=window)
+    place = torch.arange(surprising.shape[1], device=ranks.device) + history.shape[1]
+    return known.gather(1, (place - back).clamp(min=0)) & (ranks > 0)
+
+
 def modularity(similarity: Tensor) -> Tensor:
     """Q of the cut before each t, [..., n], for symmetric similarities [..., n, n]; 0 at t = 0."""
     inside_before, inside_after, total = _volumes(similarity)
@@ -142,6 +168,63 @@ def best_cut(quality: Tensor, low: int, high: int) -> Tensor:
     """The t in [low, high] with the highest quality [..., n]; of equal ones the latest."""
     candidates = quality[..., low : high + 1].flip(-1)
     return high - candidates.argmax(-1)
+
+
+def reach(most: int) -> int:
+    """Slots from an edge on that decide where the next one is."""
+    return max(most, most - 1 + (most - 1) // 2)
+
+
+def refine(
+    asks: Sequence[bool],
+    slots: Sequence[int],
+    end: int,
+    begin: tuple[int, int],
+    similarity: Callable[[int, int], Tensor],
+    quality: Callable[[Tensor], Tensor],
+    *,
+    least: int,
+    most: int,
+) -> tuple[list[tuple[int, int]], int]:
+    """The edges of one row's stored tokens, each with the token that asked for it, and how many
+    tokens have a known event.
+
+    `asks` and `slots` are those of the tokens, in order; the text has been read up to the slot
+    `end`. `begin` is the first edge and who asked for it. `similarity(i, j)` gives A of the tokens
+    i .. j - 1, [j - i, j - i], and `quality` of it that of the cut before each. Only slots below
+    s + `reach(most)` have a part in the edge after s, so a hole in a row delays nothing.
+    """
+    edges, count = [begin], len(slots)
+    while True:
+        edge, asked = edges[-1]
+        sure = slots[edge] + reach(most)
+        last = bisect_left(slots, sure)
+        candidates = range(max(edge + least, asked + 1), min(edge + most, last))
+        found = next((t for t in candidates if asks[t]), None)
+        if found is None and count > edge + most:
+            edges.append((edge + most, edge + most))
+        elif found is None:
+            known = end >= sure or count == edge + most
+            return edges, min(count, edge + (most if known else least))
+        elif found == edge + least:
+            edges.append((found, found))
+        else:
+            half = (found - edge) // 2
+            if count < found + half and end < sure:
+                return edges, min(count, edge + least)
+            first = max(bisect_left(slots, slots[edge] - half), edge - half)
+            found_quality = quality(similarity(first, min(found + half, last)))
+            grains = (found_quality / GRAIN).round()
+            cut = best_cut(grains, edge + least - first, found - first)
+            edges.append((first + int(cut), found))
+
+
+def coarse(scores: Tensor) -> Tensor:
+    """float32 `scores` to the 11 leading bits, as many as half precision has: scores that differ by
+    the order of their sums alone are equal, and ties are decided by age, not by rounding.
+    """
+    wide = scores * (2.0**13 + 1)  # Dekker's splitting
+    return wide - (wide - scores)
 
 
 def within(sizes: Tensor, budget: int) -> Tensor:

@@ -7,7 +7,9 @@ sequence length, so that positions and masks stay those of the base model, and k
 
 from __future__ import annotations
 
+import re
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,10 +20,16 @@ from memretrofit.errors import StateError, UnsupportedModelError
 from memretrofit.modules.memory import AttentionMemory, State, with_rows
 from memretrofit.modules.rolling import RollingBuffer
 
-STREAMS = ("key", "value", "features", "unrotated", "token", "surprise", "place")
-"""What a layer may keep of each token in its window; the last three where a text is read in pieces
-(`patching.pieces`), and of these all but `place` in one layer for all.
+NOTES = ("token", "surprise", "surprising", "cut", "origin", "place")
+"""Of these, what is known of a token where a text is cut into events (`patching.surprises`); all
+but `place` in one layer for all.
 """
+STREAMS = ("key", "value", "features", "unrotated", *NOTES)
+"""What a layer may keep of each token in its window."""
+NUMBERS = ("seen", "folded", "first", "pinned", "confirmed", "record_past", "carried")
+"""What a layer counts and notes beside its tensors."""
+LOGITS = re.compile(r"logits\.(\d{1,12})")
+"""Name of what was predicted after a slot, among the tensors of `MemoryLayer.saved`."""
 
 
 class MemoryLayer(DynamicLayer):
@@ -78,6 +86,12 @@ class MemoryLayer(DynamicLayer):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif self.keys is not None and len(self.keys) != len(key_states):
+            raise StateError(
+                f"This cache holds {len(self.keys)} rows, and {len(key_states)} were passed. To go "
+                "on from one conversation in several ways (beams, a batch of questions), call "
+                "cache.batch_repeat_interleave(n) first, or load_memory(..., repeats=n)."
+            )
         self.seen += key_states.shape[-2]
         self.keys = self.streams["key"].append(key_states)
         self.values = self.streams["value"].append(value_states)
@@ -170,6 +184,42 @@ class MemoryLayer(DynamicLayer):
         kept = sum(s.nbytes for s in self.streams.values())
         kept += sum(x.nbytes for x in self.logits.values())
         return kept + unmet + sum(x.nbytes for x in self.state)
+
+    # What a file keeps
+
+    def saved(self) -> tuple[dict[str, int], dict[str, Tensor]]:
+        """All but the state, as numbers and tensors by name: what `restore` takes."""
+        tensors = {name: stream.view for name, stream in self.streams.items()}
+        tensors |= {f"logits.{slot}": x for slot, x in self.logits.items()} | {"unmet": self.unmet}
+        numbers = {name: int(getattr(self, name)) for name in NUMBERS}
+        return numbers, {name: x for name, x in tensors.items() if x is not None}
+
+    def faults(self, numbers: Mapping[str, int]) -> list[str]:
+        """Why these are not the numbers of such a layer; empty where they may be."""
+        if missing := [name for name in NUMBERS if name not in numbers]:
+            return [f"no number {', '.join(missing)}"]
+        seen, folded, first, pinned, confirmed, *_ = (numbers[name] for name in NUMBERS)
+        ordered = first <= folded <= seen and confirmed <= seen
+        if ordered and pinned == (self.num_sink_tokens if first else 0):
+            return []
+        told = ", ".join(f"{name} {numbers[name]}" for name in NUMBERS)
+        return [f"the counters do not belong together: {told}"]
+
+    def restore(
+        self, numbers: Mapping[str, int], tensors: Mapping[str, Tensor], state: State
+    ) -> None:
+        """Fill a fresh layer with what `saved` gave, and a state; numbers without `faults`."""
+        for name in self.streams.keys() & tensors.keys():
+            self.streams[name].append(tensors[name])
+        key, value = self.streams["key"].view, self.streams["value"].view
+        if key is not None and value is not None:
+            self.lazy_initialization(key, value)
+            self.keys, self.values = key, value
+        for name in NUMBERS:
+            setattr(self, name, type(getattr(self, name))(numbers[name]))
+        self.unmet, self.state = tensors.get("unmet"), state
+        matches = ((LOGITS.fullmatch(name), x) for name, x in tensors.items())
+        self.logits = {int(match[1]): x for match, x in matches if match}
 
     # What the attention seam calls
 

@@ -1,6 +1,4 @@
-"""Attach memories to a model and take them off again, with a ledger of everything that was
-touched.
-"""
+"""Attach memories to the attention of a model, with a ledger of everything that was touched."""
 
 from __future__ import annotations
 
@@ -11,16 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from memretrofit.config import MethodConfig, exact_tokens
+from memretrofit.config import exact_tokens
 from memretrofit.errors import ConfigError, NoTargetError, StateError, UnsupportedModelError
 from memretrofit.modules.memory import AttentionMemory
 from memretrofit.patching.attention import Owner, Seam
 from memretrofit.patching.cache import upgrade
 from memretrofit.patching.config_view import config_view
-from memretrofit.patching.controls import ATTRIBUTE, Controls
+from memretrofit.patching.controls import ATTRIBUTE
+from memretrofit.patching.ledger import Ledger, ledger_of, refuse_patched
 from memretrofit.patching.rotary import find_rotary
 from memretrofit.patching.sites import (
     AttentionSite,
@@ -28,36 +26,35 @@ from memretrofit.patching.sites import (
     find_attention_sites,
     set_config,
 )
-from memretrofit.patching.wrapping import positions_of, unwrapped
-
-ABSENT = "absent"
-"""In a ledger: nothing stood there."""
+from memretrofit.patching.wrapping import positions_of
 
 
 @dataclass(eq=False)
-class Ledger:
-    """What a patch added to a model, and what was there before."""
+class AttentionLedger(Ledger):
+    """What attention memories added to a model."""
 
-    config: MethodConfig
-    make_memory: Callable[[AttentionSite], AttentionMemory]
-    controls: Controls = field(default_factory=Controls)
-    sites: list[AttentionSite] = field(default_factory=list)
+    make_memory: Callable[[AttentionSite], AttentionMemory] = field(kw_only=True)
+    sites: list[AttentionSite] = field(kw_only=True)
     seams: dict[str, Seam] = field(default_factory=dict)
-    configs: dict[nn.Module, Any] = field(default_factory=dict)
-    handles: list[RemovableHandle] = field(default_factory=list)
-    methods: dict[str, Any] = field(default_factory=dict)
-    """What stood in the model's own `__dict__` where a method of it was replaced; `ABSENT` if
-    nothing did.
-    """
-
-    def replace_method(self, model: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        """Let `function` answer for the method `name` of `model` until it is unpatched."""
-        self.methods.setdefault(name, vars(model).get(name, ABSENT))
-        setattr(model, name, function)
 
     def device_of(self, site: AttentionSite) -> torch.device:
         """Where the memory of a patched site is."""
         return next(site.module.parameters()).device
+
+
+def attention_ledger_of(model: nn.Module) -> AttentionLedger:
+    """What attention memories added to a patched model.
+
+    Raises:
+        StateError: the model is not patched, or with a memory of another family.
+    """
+    ledger = ledger_of(model)
+    if not isinstance(ledger, AttentionLedger):
+        raise StateError(
+            f"This {type(model).__name__} is patched with {ledger.config}, and what was asked is "
+            "about memories in its attention, such as ahn or infllm."
+        )
+    return ledger
 
 
 def patch_attention(
@@ -74,15 +71,11 @@ def patch_attention(
         ConfigError: the window does not fit the model.
         NoTargetError: `layers_to_transform` names a layer that does not exist.
     """
-    if getattr(model, ATTRIBUTE, None) is not None:
-        raise StateError(
-            f"This {type(model).__name__} is patched already ({getattr(model, ATTRIBUTE).config}). "
-            "Call memretrofit.unpatch(model) first; one model carries one attention memory."
-        )
+    refuse_patched(model)
     sites = find_attention_sites(model)
     _check_window(model, config)
     chosen = _choose(model, sites, config.layers_to_transform)
-    ledger = Ledger(config, make_memory, sites=sites)
+    ledger = AttentionLedger(config, make_memory=make_memory, sites=sites)
     owner = Owner()
     # whatever can fail comes first: nothing is attached yet
     memories = [(site, _placed(make_memory(site), site.module)) for site in chosen]
@@ -106,42 +99,6 @@ def patch_attention(
             model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, model)
         )
     setattr(model, ATTRIBUTE, ledger)
-
-
-def ledger_of(model: nn.Module) -> Ledger:
-    """What was added to a patched model.
-
-    Raises:
-        StateError: the model is not patched.
-    """
-    ledger = getattr(model, ATTRIBUTE, None)
-    if ledger is None:
-        raise StateError(
-            f"This {type(model).__name__} is not patched. Call memretrofit.patch(model, config) "
-            "first."
-        )
-    return ledger
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Undo `patch_attention`: the model holds the very objects that it held before.
-
-    Raises:
-        StateError: the model is not patched.
-    """
-    model = unwrapped(model)
-    ledger = ledger_of(model)
-    for handle in ledger.handles:
-        handle.remove()
-    for name in ledger.seams:
-        del model.get_submodule(name).memory
-    for module, held in ledger.configs.items():
-        set_config(module, held)
-    for name, held in ledger.methods.items():
-        model.__dict__.pop(name, None)
-        if held is not ABSENT:
-            setattr(model, name, held)
-    delattr(model, ATTRIBUTE)
 
 
 def _prepare_cache(
@@ -221,7 +178,7 @@ def _check_memory(model: PreTrainedModel, site: AttentionSite, memory: Attention
             f"of {type(model).__name__} "
             "does not get one for whole heads. Use key_space='post_rope'."
         )
-    if memory.positions == "slot" and not (site.rotates and find_rotary(model, site.module)):
+    if memory.sink_positions == "slot" and not (site.rotates and find_rotary(model, site.module)):
         raise UnsupportedModelError(
             f"Slot positions need rotary embeddings over whole heads; {site.name} of "
             f"{type(model).__name__} has none. "

@@ -328,7 +328,7 @@ class _Columns:
         call = self.call
         function, implementation = base_function(call.module)
         query = call.query[:, :, low:high]
-        by_slot = call.seam.memory.positions == "slot"
+        by_slot = call.seam.memory.sink_positions == "slot"
         if self.new == 1 and self.ranks is None and not by_slot:
             key, value, visible = call.key, call.value, self._all_but_left()
         else:
@@ -357,7 +357,7 @@ class _Columns:
         key, value, slots, ranks = self._near(low, high)
         visible = self._visible(low, high, slots, ranks)
         query = self._queries(self.query, low, high)
-        if self.call.seam.memory.positions == "slot":
+        if self.call.seam.memory.sink_positions == "slot":
             query, key = self._by_slot(query, key, low, high, slots if ranks is None else ranks)
         return self._attend_to(query, key, value, visible)
 

@@ -3,6 +3,7 @@ by being there."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import fields, replace
 
@@ -12,19 +13,30 @@ from contract.families import FAMILIES, build
 from transformers import PreTrainedModel
 
 from memretrofit.config import MethodConfig
+from memretrofit.errors import ConfigError
 from memretrofit.methods import available_methods, get_method
 from memretrofit.methods.streaming_llm import StreamingLLMConfig
 from memretrofit.methods.window_sinks import WindowSinksConfig
 from memretrofit.modules.memory import AttentionMemory
-from memretrofit.patching.surgery import ledger_of
+from memretrofit.patching.ledger import ledger_of
 from memretrofit.retrofit import memory_parameters, patch
 
 WINDOW, SINKS = 8, 3
 EXACT = WINDOW + SINKS
 """Tokens after which something has left the window."""
 
-VARIANT = {"state_heads": "key_value", "key_space": "pre_rope", "center_keys": True}
-"""The other choice of each field that methods share, all at once."""
+VARIANTS = {
+    "variant": {
+        "state_heads": "key_value",
+        "key_space": "pre_rope",
+        "center_keys": True,
+        "granularity": "kv_head",
+        "positions": "reindexed",
+    },
+    "host": {"placement": "host", "granularity": "layer", "positions": "grouped"},
+    "disk": {"placement": "disk", "hot_bytes": 0, "granularity": "layer", "positions": "absolute"},
+}
+"""The other choices of each field that methods share, some at once."""
 
 
 SMALL = {
@@ -40,6 +52,8 @@ SMALL = {
     "interval": 4,
     "observation_window": 5,
     "pyramid_beta": 2,
+    "position_group": 3,
+    "hot_bytes": 1000,
 }
 """Sizes that a test can fill, for the fields of these names."""
 
@@ -50,6 +64,15 @@ def small(config: MethodConfig) -> MethodConfig:
     return replace(config, **{name: size for name, size in SMALL.items() if name in names})
 
 
+def _varied(config: MethodConfig, choices: dict[str, object]) -> MethodConfig:
+    """`config` with those of the choices that the method has."""
+    for name, value in choices.items():
+        if name in {field.name for field in fields(config)}:
+            with contextlib.suppress(ConfigError):
+                config = replace(config, **{name: value})
+    return config
+
+
 def _discover() -> dict[str, MethodConfig]:
     arms: dict[str, MethodConfig] = {}
     for name, info in available_methods().items():
@@ -58,9 +81,8 @@ def _discover() -> dict[str, MethodConfig]:
             continue  # not an attention method
         found = {name: small(info.config_class())}
         found |= {f"{name}-{preset}": small(c) for preset, c in info.presets.items()}
-        changed = {field: value for field, value in VARIANT.items() if field in names}
-        if changed:
-            found[f"{name}-variant"] = replace(found[name], **changed)
+        for variant, choices in VARIANTS.items():
+            found[f"{name}-{variant}"] = _varied(found[name], choices)
         for arm, config in found.items():
             if config not in arms.values():
                 arms[arm] = config
@@ -101,7 +123,7 @@ def _memory(arm: str) -> AttentionMemory:
 
 def sinks_move(arm: str) -> bool:
     """Whether sinks stand at their place in the cache."""
-    return _memory(arm).positions == "slot"
+    return _memory(arm).sink_positions == "slot"
 
 
 def _moves_rotations(arm: str) -> bool:
@@ -125,11 +147,14 @@ REFUSED = [(family, arm) for family in FAMILIES for arm in ARMS if refuses(famil
 every_live = pytest.mark.parametrize(("family", "arm"), LIVE, ids=["-".join(x) for x in LIVE])
 every_arm = pytest.mark.parametrize("arm", list(ARMS))
 every_memory = pytest.mark.parametrize("arm", sorted(METHODS_WITH_MEMORY))
-TRAINABLE = sorted(
+HAVE_PARAMETERS = sorted(
     arm
     for arm in METHODS_WITH_MEMORY
     if memory_parameters(patch(build("llama", layers=1), ARMS[arm]))
 )
+OFF_DEVICE = {arm for arm, c in ARMS.items() if getattr(c, "placement", "device") != "device"}
+"""Arms with a store that takes no gradients."""
+TRAINABLE = [arm for arm in HAVE_PARAMETERS if arm not in OFF_DEVICE]
 every_trainable = pytest.mark.parametrize("arm", TRAINABLE)
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
 

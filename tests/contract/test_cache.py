@@ -231,7 +231,7 @@ def test_quantised_layers_are_refused_without_their_backend(arm):
     model = patched("llama", arm)
     cache = DynamicCache(config=model.config)
     cache.layers[1] = Quantised()
-    with pytest.raises(UnsupportedModelError, match="Quantised"):
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="Quantised"):
         model(tokens(1, 4), past_key_values=cache, use_cache=True)
 
 

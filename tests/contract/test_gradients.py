@@ -7,7 +7,10 @@ import pytest
 import torch
 from contract.arms import (
     EXACT,
+    HAVE_PARAMETERS,
     LIVE,
+    METHODS_WITH_MEMORY,
+    OFF_DEVICE,
     TRAINABLE,
     activate,
     every_memory,
@@ -18,6 +21,7 @@ from contract.families import build, tokens
 from contract.runs import in_pieces, one_pass, states
 from torch.nn import functional as F
 
+from memretrofit.errors import StateError
 from memretrofit.patching.controls import intercepted
 from memretrofit.retrofit import memory_disabled, memory_parameters
 
@@ -124,7 +128,7 @@ def test_float64_is_float64(arm):
     assert (pieces - one_pass(model, ids)).abs().max() < 1e-11
 
 
-@every_memory
+@pytest.mark.parametrize("arm", sorted(METHODS_WITH_MEMORY - OFF_DEVICE))
 def test_the_base_model_learns_through_the_memory(arm):
     """With LoRA or a full finetune, gradients pass through the state into the projections that
     wrote it."""
@@ -132,6 +136,21 @@ def test_the_base_model_learns_through_the_memory(arm):
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
     model(inputs_embeds=embeddings, use_cache=False).logits[:, -1].sum().backward()
     assert (embeddings.grad.abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize("arm", sorted(OFF_DEVICE))
+def test_a_store_off_the_device_refuses_gradients(arm):
+    """Of the memory's own parameters and of the base model's; without any it reads."""
+    model, ids = patched("llama", arm, layers=1, live=False), tokens(1, LENGTH)
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with pytest.raises(StateError, match="placement='device'"):
+        model(inputs_embeds=embeddings, use_cache=False)
+    if arm in HAVE_PARAMETERS:
+        with pytest.raises(StateError, match="placement='device'"):
+            model(ids, use_cache=False)
+    for parameter in memory_parameters(model).values():
+        parameter.requires_grad_(False)
+    assert not model(ids, use_cache=False).logits.requires_grad
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

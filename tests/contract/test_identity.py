@@ -7,11 +7,12 @@ import torch
 from contract.arms import (
     ARMS,
     EXACT,
+    HAVE_PARAMETERS,
     LIVE,
+    OFF_DEVICE,
     REFUSED,
     SINKS,
     WINDOW,
-    every_arm,
     every_live,
     identity,
     patched,
@@ -107,7 +108,7 @@ def test_blocks_of_queries_leave_no_seam(arm):
     )
 
 
-@every_arm
+@pytest.mark.parametrize("arm", [a for a in ARMS if a not in {*OFF_DEVICE} & {*HAVE_PARAMETERS}])
 def test_training_mode_does_not_change_the_logits(arm):
     """With gradients the memory takes part in every step, also inside the window: the same
     values, another path."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import pytest
 import torch
 from contract.arms import (
-    ARMS,
     EXACT,
     LIVE,
     METHODS_WITH_MEMORY,
@@ -29,7 +28,8 @@ from contract.runs import (
 from tolerances import ONE_LAYER, REORDERED, WRONG
 
 from memretrofit.errors import StateError
-from memretrofit.methods import get_method
+from memretrofit.modules.events import EventMemory
+from memretrofit.modules.recall import RecallMemory
 from memretrofit.patching.controls import state_shuffled, window_override, writes_disabled
 from memretrofit.retrofit import memory_disabled, memory_parameters
 
@@ -85,23 +85,48 @@ def test_the_map_of_influence_rejects_a_window_that_is_off_by_one():
         assert not (found == in_window(WINDOW + window, SINKS + sinks)).all()
 
 
+def fetches_unions(model) -> bool:
+    """Whether queries fetch together what any of them wants: then the length of their sums depends
+    on later tokens, whose shares are zero.
+    """
+    return any(isinstance(module, RecallMemory | EventMemory) for module in model.modules())
+
+
 @every_live
 def test_no_later_token_changes_anything(family, arm):
     """I8, bit for bit, at the borders of the window and of a block; queries that fetch together
     round alike only while they fetch as much.
     """
     model, ids = patched(family, arm), tokens(2, LENGTH)
-    fetches = get_method(ARMS[arm].method).family == "recall"
     expected = one_pass(model, ids)
     for j in (1, SINKS, EXACT - 1, EXACT, EXACT + 1, LENGTH - 1):
         changed = ids.clone()
         changed[:, j] = (changed[:, j] + 1) % VOCABULARY
         found = one_pass(model, changed)
-        if fetches:
+        if fetches_unions(model):
             assert apart(found[:, :j], expected[:, :j]) < ONE_LAYER
         else:
             assert torch.equal(found[:, :j], expected[:, :j])
         assert apart(found[:, j], expected[:, j]) > WRONG
+
+
+@pytest.mark.parametrize("arm", ["infllm", "infllm-host", "composed"])
+def test_the_tolerance_of_unions_rejects_a_choice_that_queries_share(arm, monkeypatch):
+    """Witness for the test above: queries that choose by their mean, as published InfLLM has them,
+    from what has left each one's window."""
+    model, ids = patched("llama", arm), tokens(2, LENGTH)
+    choose = RecallMemory.choose
+
+    def shared(self, query, border, store):
+        return choose(self, query.mean(2, keepdim=True).expand_as(query), border, store)
+
+    monkeypatch.setattr(RecallMemory, "choose", shared)
+    expected, moved = one_pass(model, ids), []
+    for j in (EXACT + 1, LENGTH - 1):
+        changed = ids.clone()
+        changed[:, j:] = (changed[:, j:] + 1) % VOCABULARY
+        moved.append(apart(one_pass(model, changed)[:, :j], expected[:, :j]))
+    assert max(moved) > 10 * ONE_LAYER
 
 
 @pytest.mark.parametrize("live", [True, False], ids=["trained", "fresh"])

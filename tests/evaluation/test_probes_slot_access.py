@@ -17,7 +17,8 @@ from memretrofit.errors import ConfigError, StateError, UnsupportedModelError
 from memretrofit.evaluation.probes import SlotShares, slot_access
 from memretrofit.modules.memory import AttentionMemory
 from memretrofit.patching.controls import writes_disabled
-from memretrofit.patching.surgery import ledger_of, patch_attention
+from memretrofit.patching.ledger import ledger_of
+from memretrofit.patching.surgery import patch_attention
 
 WINDOW, SINKS = 6, 2
 SIZES = {"sliding_window": WINDOW, "num_sink_tokens": SINKS}

@@ -14,14 +14,17 @@ import pytest
 import torch
 from contract.arms import ARMS, every_arm, patched
 from contract.families import build, tokens
+from contract.runs import apart
 from safetensors import safe_open
 from saved_conversations import FILLED, LENGTH, asked, filled
+from tolerances import REORDERED, WRONG
 from transformers import DynamicCache
 
 from memretrofit import load_memory, patch, save_memory
-from memretrofit.errors import CheckpointError, UnsupportedModelError
+from memretrofit.errors import CheckpointError, ConfigError, StateError
 from memretrofit.hub import read_remembered, remembered_ids, verify_memory
 from memretrofit.hub.mapped import Written, map_tensors, write_pieces
+from memretrofit.hub.tensors import read_header
 
 
 @every_arm
@@ -190,19 +193,67 @@ def test_pieces_are_one_tensor(tmp_path: Path) -> None:
     digest = write_pieces(tmp_path / "cut", parts | odd, {"x": "y"})
     whole = {"a": Written.whole(long), "b": Written.whole(torch.tensor(3))}
     assert write_pieces(tmp_path / "whole", whole | odd, {"x": "y"}) == digest
-    mapped = map_tensors(tmp_path / "cut")
+    mapped = map_tensors(tmp_path / "cut", read_header(tmp_path / "cut"))
     with safe_open(tmp_path / "cut", "pt") as file:
         assert file.metadata()["x"] == "y"
         for name in ("a", "b", "c"):
             assert torch.equal(mapped[name], file.get_tensor(name))
     mapped["a"].zero_()
-    assert torch.equal(map_tensors(tmp_path / "cut")["a"], long)
+    again = map_tensors(tmp_path / "cut", read_header(tmp_path / "cut"))
+    assert torch.equal(again["a"], long)
 
 
-def test_latents_are_refused_before_anything_is_written(tmp_path):
-    """MLA: what the cache keeps is not what attention sees, so a load could not check it."""
-    model = patched("deepseek_v3", "ahn")
-    cache = model(tokens(1, 37), use_cache=True).past_key_values
-    with pytest.raises(UnsupportedModelError, match="latents"):
-        save_memory(cache, model, tmp_path / "book.mem")
-    assert not (tmp_path / "book.mem").exists()
+@pytest.mark.parametrize("layers", [None, (1,)], ids=["all layers", "one layer"])
+def test_latents_are_saved(layers: tuple[int, ...] | None, tmp_path: Path) -> None:
+    """MLA: what the cache keeps is not what attention sees."""
+
+    def latent(**changes: Any) -> Any:
+        return patch(build("deepseek_v3"), replace(ARMS["window_sinks"], **changes))
+
+    model = latent(layers_to_transform=layers)
+    cache = filled(model)
+    assert cache.layers[1].keys.shape[1] == 1  # of four heads
+    save_memory(cache, model, tmp_path)
+    other = latent(layers_to_transform=layers)
+    assert torch.equal(asked(other, load_memory(other, tmp_path)), asked(model, cache))
+
+
+def test_beams_go_on_from_one_row(tmp_path: Path) -> None:
+    """As they do from the text itself; without copies of the row they are refused."""
+    model, ids = patched("llama", "infllm"), tokens(1, LENGTH)
+    save_memory(filled(model, rows=1), model, tmp_path)
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3, "num_return_sequences": 3}
+    loaded = load_memory(model, tmp_path, repeats=3)
+    found = model.generate(ids, past_key_values=loaded, **options)
+    assert torch.equal(found, model.generate(ids, **options))
+    assert len(found.unique(dim=0)) == 3  # witness: they did part
+    with pytest.raises(StateError, match=r"holds 1 rows, and 3 were passed.*repeats=n"):
+        model.generate(ids, past_key_values=load_memory(model, tmp_path), **options)
+    with pytest.raises(ConfigError, match="repeats=0"):
+        load_memory(model, tmp_path, repeats=0)
+
+
+@pytest.mark.parametrize("scorer", ["snapkv", "h2o"])
+@pytest.mark.parametrize("budget", [999, 0.6], ids=["tokens", "share"])
+def test_empty_places_are_not_saved(scorer: str, budget: float, tmp_path: Path) -> None:
+    """A budget of tokens has its room from the start; a file has what is held in some row."""
+    model = patch(build("llama"), replace(ARMS["eviction"], scorer=scorer, budget=budget))
+    cache = filled(model)
+    save_memory(cache, model, tmp_path)
+    record = read_remembered(tmp_path)
+    specs = read_header(record.path("layer-000.safetensors")).specs
+    kept, new, left = (int(n) for n in cache.layers[0].state[4][0])
+    assert 0 < new < ARMS["eviction"].interval
+    assert kept + new <= left == FILLED - 8 - 3  # beyond window and sinks
+    found = [specs[f"state.{n}"].shape[2] for n in range(4)]
+    assert found == [kept, kept, new, new]
+    assert ("state.7" in specs) == (scorer == "h2o")
+    if scorer == "h2o":
+        assert specs["state.7"].shape[2] == kept + new
+    loaded = load_memory(model, tmp_path)
+    expected = asked(model, cache)
+    assert apart(asked(model, loaded), expected) < REORDERED
+    lost = load_memory(model, tmp_path)
+    for layer in lost.layers:
+        layer.state[3].zero_()
+    assert apart(asked(model, lost), expected) > WRONG

@@ -196,6 +196,24 @@ LIES = {
 }
 
 
+EVICTION_LIES = {
+    "no such count": (lambda c, n: c["state.4"].add_(1), "has .* places for .*expected"),
+    "a fraction": (lambda c, n: c["state.4"][1].sub_(0.5), "has .* places for"),
+    "fewer values": (resized("state.1", 2), "has .* places for .*expected"),
+    "fewer heads": (resized("state.0", 1), r"state\.0: expected F32"),
+}
+
+
+@pytest.mark.parametrize("lie", EVICTION_LIES)
+def test_counts_that_do_not_fit_are_refused(lie: str, tmp_path: Path) -> None:
+    change, words = EVICTION_LIES[lie]
+    model = patched("llama", "eviction")
+    save_memory(filled(model), model, tmp_path)
+    rewritten(tmp_path, 1, change)
+    with pytest.raises(CheckpointError, match=f"(?s){words}"):
+        load_memory(model, tmp_path)
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_sizes_that_do_not_fit_are_refused(lie: str, tmp_path: Path) -> None:
     change, words = LIES[lie]

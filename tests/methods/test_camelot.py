@@ -14,7 +14,7 @@ from tolerances import ONE_LAYER, REORDERED, WRONG
 
 from memretrofit.errors import ConfigError
 from memretrofit.methods.camelot import CAMELoTConfig
-from memretrofit.patching.surgery import ledger_of
+from memretrofit.patching.ledger import ledger_of
 from memretrofit.retrofit import patch
 
 LENGTH = 30

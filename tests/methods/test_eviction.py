@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from memretrofit.errors import ConfigError
 from memretrofit.methods.eviction import PYRAMIDKV, EvictionConfig
 from memretrofit.ops.eviction import best, h2o_scores, snapkv_scores
+from memretrofit.patching.controls import window_override
 from memretrofit.retrofit import patch
 
 LENGTH = 48
@@ -33,9 +34,10 @@ SMALL = EvictionConfig(
 SCORERS = ("snapkv", "h2o")
 
 
-def by_hand(found, config, *, late=0, causal=True):
+def by_hand(found, config, *, late=0, causal=True, remembered=None):
     """One query and one KV head at a time: [T, H, V]. `late` moves every prune, `causal` off lets a
-    prune count for the queries before it (witnesses)."""
+    prune count for the queries before it, and of those before a token leaves only the last
+    `remembered` count (witnesses)."""
     q, k, v = found.query[0], found.key[0], found.value[0]
     (heads, length, width), groups = q.shape, k.shape[0]
     per = heads // groups
@@ -53,6 +55,8 @@ def by_hand(found, config, *, late=0, causal=True):
             leaver = t - config.sliding_window
             if leaver >= config.num_sink_tokens:
                 buffer.append(leaver)
+                if remembered is not None:
+                    paid[: t + 1 - remembered, leaver] = 0
             due = leaver >= config.num_sink_tokens and not (
                 (leaver - config.num_sink_tokens + 1 + late) % config.interval
             )
@@ -131,6 +135,21 @@ def test_a_prompt_that_ends_at_a_prune_keeps_what_the_papers_keep(scorer):
     # witness: one token more, and the prune is not there yet
     _, cache = in_pieces(model, ids[:, :-1], ())
     assert (cache.layers[0].state[0] == 0).all()
+
+
+@pytest.mark.parametrize("window", [WINDOW - 3, WINDOW + 5])
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_another_window_is_a_patch_with_that_window(scorer, window):
+    """Every query that attended a token in the other window counts; as many tokens are kept."""
+    config = replace(SMALL, scorer=scorer, observation_window=4)
+    model, ids = patch(build("llama", layers=1), config), tokens(1, LENGTH)
+    with window_override(model, sliding_window=window, num_sink_tokens=SINKS):
+        found = attention_of(model, ids)
+    other = replace(config, sliding_window=window, budget=config.budget + window - WINDOW)
+    assert apart(found.output[0], by_hand(found, other)) < ONE_LAYER
+    assert apart(found.output[0], by_hand(found, config)) > WRONG
+    if scorer == "h2o" and window > WINDOW:
+        assert apart(found.output[0], by_hand(found, other, remembered=WINDOW)) > WRONG
 
 
 @pytest.mark.parametrize("scorer", SCORERS)

@@ -22,12 +22,16 @@ from memretrofit.patching.controls import writes_disabled
 from memretrofit.retrofit import memory_parameters, patch, unpatch
 
 LENGTH, BLOCK = 40, 4
-CONFIG = InfLLMConfig(sliding_window=WINDOW, num_sink_tokens=SINKS, block_size=BLOCK, top_k=2)
+CONFIG = InfLLMConfig(
+    sliding_window=WINDOW, num_sink_tokens=SINKS, block_size=BLOCK, top_k=2, position_group=3
+)
 
-# where a far query at t and a far key at j stand
+# where a query at t and a key at j stand in a search; tokens are counted from the first one stored
 PLACES = {
     "absolute": (lambda t: t, lambda j: j),
     "clamp": (lambda t: WINDOW, lambda j: 0),
+    "grouped": (lambda t: (t - SINKS) // 3 + WINDOW - WINDOW // 3, lambda j: (j - SINKS) // 3),
+    "reindexed": (lambda t: WINDOW, lambda j: 0),
 }
 
 
@@ -59,7 +63,7 @@ def by_hand(found, config, *, open_early=0, worst=False, forgets_rest=False):
         for h in range(heads):
             g = h // sharing
             order = scores[h].argsort(descending=not worst)[: config.top_k].tolist()
-            far = [j for n in order for j in full[n]] + rest
+            far = sorted([j for n in order for j in full[n]] + rest)
             near = [j for j in range(t + 1) if j < SINKS or j > t - WINDOW]
             place = min(t, WINDOW + SINKS - 1) if config.positions != "absolute" else t
             logits = torch.stack(
@@ -67,13 +71,18 @@ def by_hand(found, config, *, open_early=0, worst=False, forgets_rest=False):
                     rotate(raw_q[h, t], place) @ k[g, j] if j < SINKS else q[h, t] @ k[g, j]
                     for j in near
                 ]
-                + [far_q[h, t] @ far_k[g, j] for j in far]
+                + [
+                    rotate(raw_q[h, t], WINDOW + len(far) - 1) @ rotate(raw_k[g, j], i)
+                    if config.positions == "reindexed"
+                    else far_q[h, t] @ far_k[g, j]
+                    for i, j in enumerate(far)
+                ]
             )
             out[t, h] = (logits / math.sqrt(size)).softmax(0) @ v[g, near + far]
     return out
 
 
-@pytest.mark.parametrize("granularity", ["kv_head", "layer"])
+@pytest.mark.parametrize("granularity", ["head", "kv_head", "layer"])
 @pytest.mark.parametrize("positions", list(PLACES))
 def test_every_output_is_that_of_the_equations(positions, granularity):
     """Witnesses: the worst blocks, a block that opens a token early, tokens of no full block
@@ -120,10 +129,10 @@ def test_scaled_rotations_are_undone_and_done_as_often_as_the_model_does():
 
 
 def test_text_far_beyond_the_trained_positions_is_read_at_trained_distances():
-    """Clamped, no distance exceeds the window: a far copy of a token says what a near copy says.
-    Witness: true positions."""
+    """Clamped, no distance exceeds the window, and reindexed, that and what is fetched: a far copy
+    of a token says what a near copy says. Witness: true positions."""
     spread = {}
-    for positions in ("clamp", "absolute"):
+    for positions in ("clamp", "reindexed", "absolute"):
         config = replace(CONFIG, positions=positions, top_k=1)
         model = patch(build("llama", layers=1), config)
         ids = torch.full((1, 400), 5)
@@ -131,7 +140,7 @@ def test_text_far_beyond_the_trained_positions_is_read_at_trained_distances():
         # sinks stand at their true distance; without their pull all that moves is the far side
         logits = one_pass(model, ids)[:, 3 * (WINDOW + SINKS) :]
         spread[positions] = apart(logits, logits[:, -1:].expand_as(logits))
-    assert spread["clamp"] < spread["absolute"]
+    assert max(spread["clamp"], spread["reindexed"]) < 0.5 * spread["absolute"]
 
 
 def test_it_adds_no_parameters_and_predicts_its_bytes():
@@ -152,6 +161,7 @@ def test_it_adds_no_parameters_and_predicts_its_bytes():
         ({"top_k": 0}, "top_k"),
         ({"block_size": 0}, "block_size"),
         ({"positions": "nowhere"}, "positions"),
+        ({"position_group": 0}, "position_group"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(fields, says):

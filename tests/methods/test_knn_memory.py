@@ -42,6 +42,17 @@ def turned(x, cos, sin, back=False):
     return x * cos - half * sin if back else x * cos + half * sin
 
 
+# where a query at t and a key at j stand in a search; tokens are counted from the first one stored
+PLACES = {
+    "absolute": (lambda t: t, lambda j: j),
+    "clamp": (lambda t: WINDOW, lambda j: 0),
+    "grouped": (
+        lambda t: max(t - SINKS, 0) // 3 + WINDOW - WINDOW // 3,
+        lambda j: max(j - SINKS, 0) // 3,
+    ),
+}
+
+
 def by_hand(found, gates, top_k, *, positions="clamp", late=0, shared=False, cosine=False):
     """(1 - g) window + g far, [T, H, V].
 
@@ -51,10 +62,12 @@ def by_hand(found, gates, top_k, *, positions="clamp", late=0, shared=False, cos
     q, k, v = found.query[0], found.key[0], found.value[0]
     cos, sin = (y[0] for y in found.cos_sin)
     (heads, length, width), groups = q.shape, k.shape[0]
-    far_q, far_k = q, k
-    if positions == "clamp":
-        far_k = turned(k, cos, sin, back=True)
-        far_q = turned(turned(q, cos, sin, back=True), cos[WINDOW], sin[WINDOW])
+    raw_q, raw_k = (turned(x, cos, sin, back=True) for x in (q, k))
+    at_q, at_k = PLACES[positions]
+    far_q, far_k = (
+        turned(x, cos[[at(t) for t in range(length)]], sin[[at(t) for t in range(length)]])
+        for x, at in ((raw_q, at_q), (raw_k, at_k))
+    )
     out = torch.zeros(length, heads, v.shape[-1])
     for h in range(heads):
         g = h * groups // heads
@@ -74,17 +87,17 @@ def by_hand(found, gates, top_k, *, positions="clamp", late=0, shared=False, cos
     return out
 
 
-@pytest.mark.parametrize("positions", ["clamp", "absolute"])
+@pytest.mark.parametrize("positions", list(PLACES))
 @pytest.mark.parametrize("top_k", [1, 3, 99])
 def test_a_gate_mixes_the_window_and_the_nearest_tokens(top_k, positions):
-    model = activate(model_with(top_k=top_k, positions=positions))
+    model = activate(model_with(top_k=top_k, positions=positions, position_group=3))
     found = attention_of(model, tokens(1, LENGTH))
     (opening,) = memory_parameters(model).values()
     gates = opening.detach().tanh()
     case = {"gates": gates, "top_k": top_k, "positions": positions}
     assert apart(found.output[0], by_hand(found, **case)) < ONE_LAYER
     wrong = [{"late": 1}, {"gates": opening.sigmoid()}]
-    wrong += [{"positions": {"clamp": "absolute", "absolute": "clamp"}[positions]}]
+    wrong += [{"positions": "absolute" if positions == "clamp" else "clamp"}]
     if top_k < 9:
         wrong += [{"top_k": top_k + 1}, {"shared": True}, {"cosine": True}]
     for change in wrong:
@@ -114,6 +127,34 @@ def test_the_search_is_exact_for_every_size_of_a_piece(monkeypatch):
             assert (chosen < count).all()
             assert len(chosen.unique()) == len(best)
             assert torch.allclose(scores[h, t, chosen].sort(descending=True).values, best)
+
+
+@pytest.mark.parametrize("placement", ["host", "disk"])
+def test_values_lie_elsewhere_and_a_key_is_held_once(placement):
+    """The same logits, bit for bit; of 16 numbers per token and head, 8 leave the device, and what
+    stays is a key, a slot and the room of hot values. Witness: another text."""
+    ids, hot = tokens(2, 200), 4096
+    read = {}
+    for where in ("device", placement):
+        model = model_with(opening=0.7, top_k=5, placement=where, hot_bytes=hot)
+        logits, cache = in_pieces(model, ids, (150, 151))
+        (store,) = cache.layers[0].state
+        memory = model.get_submodule("model.layers.0.self_attn.memory")
+        read[where] = logits, store, memory.tier_nbytes(200 - WINDOW - SINKS)
+    assert torch.equal(read["device"][0], read[placement][0])
+    assert apart(read["device"][0], one_pass(model, tokens(2, 200, seed=1))) > WRONG
+    left, groups = 200 - WINDOW - SINKS, 2
+    values = left * groups * 8 * 4
+    assert read[placement][2] == {"device": values + 8 * left, placement: values}
+    assert read["device"][2] == {"device": 2 * values + 8 * left}
+    for where, (_, store, predicted) in read.items():
+        held = store.tier_nbytes()
+        assert store.summary_slab.nbytes == 0
+        room = store.block_count() / store.keys.room.shape[0]
+        free = 0 if where == "device" else hot
+        for tier, expected in predicted.items():
+            found = (held[tier] - (free if tier == "device" else 0)) * room / 2  # two rows
+            assert abs(found / expected - 1) < 0.01, (where, tier)
 
 
 @pytest.mark.parametrize("opening", [None, 0.0, -0.5])
@@ -184,3 +225,5 @@ def test_memory_layers_that_cannot_be_are_refused():
         KNNMemoryConfig(memory_layers=())
     with pytest.raises(ConfigError, match="top_k=0"):
         KNNMemoryConfig(top_k=0)
+    with pytest.raises(ConfigError, match="positions='reindexed'"):
+        KNNMemoryConfig(positions="reindexed")

@@ -31,11 +31,12 @@ def turned(x, cos, sin):
     return x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin
 
 
-def by_hand(found, p, *, size=4, top_k=2, late=0, joint=False, plain=False):
+def by_hand(found, p, *, size=4, top_k=2, late=0, joint=False, plain=False, packed=False):
     """The equations for one query and head at a time: [T, H, V].
 
-    Witnesses: `late` shifts what has left, `joint` is one softmax over the tokens of the chosen
-    blocks, `plain` forgets what the landmarks learned.
+    `packed` puts what is fetched side by side before the window, a landmark at its block's first
+    token. Witnesses: `late` shifts what has left, `joint` is one softmax over the tokens of the
+    chosen blocks, `plain` forgets what the landmarks learned.
     """
     q, k, v = found.query[0], found.key[0], found.value[0]
     cos, sin = (y[0] for y in found.cos_sin)
@@ -54,17 +55,27 @@ def by_hand(found, p, *, size=4, top_k=2, late=0, joint=False, plain=False):
         pooling = pooling / math.sqrt(width)
         keys = [(far_k[g, b] @ pooling).softmax(0) @ (far_k[g, b] + offset) for b in blocks]
         fit = [sum(far_q[h, t] @ key for h in range(g * share, (g + 1) * share)) for key in keys]
-        chosen = sorted(range(len(blocks)), key=lambda n: -fit[n])[:top_k]
+        chosen = sorted(sorted(range(len(blocks)), key=lambda n: -fit[n])[:top_k])
+        fetched = len(chosen) * size + len(tail)
+        # place of each fetched token, and of the query behind them
+        at = torch.arange(fetched) if packed else torch.zeros(fetched, dtype=torch.long)
+        query_at = WINDOW + max(fetched - 1, 0) if packed else WINDOW
         for h in range(g * share, (g + 1) * share):
             bias = p["bias"][h] if not plain else math.log(size)
             place = min(int(t), WINDOW + SINKS - 1)  # where the query stands for sinks
             slot_q = turned(turned(q[h, t], cos[t], -sin[t]), cos[place], sin[place])
             near = [k[g, j] @ (slot_q if j < SINKS else q[h, t]) for j in seen]
-            scores = torch.cat([torch.stack(near), far_k[g, tail] @ far_q[h, t]])
+            asking = turned(turned(q[h, t], cos[t], -sin[t]), cos[query_at], sin[query_at])
+            last = at[len(chosen) * size :]
+            scores = torch.cat(
+                [torch.stack(near), turned(far_k[g, tail], cos[last], sin[last]) @ asking]
+            )
             logits, values = [scores / math.sqrt(width)], [v[g, seen + tail]]
-            for n in chosen:
-                inside = far_k[g, blocks[n]] @ far_q[h, t] / math.sqrt(width)
-                landmark = (keys[n] @ far_q[h, t])[None] / math.sqrt(width) + bias
+            for rank, n in enumerate(chosen):
+                of = at[rank * size : (rank + 1) * size]
+                inside = turned(far_k[g, blocks[n]], cos[of], sin[of]) @ asking / math.sqrt(width)
+                landmark = (turned(keys[n], cos[of[0]], sin[of[0]]) @ asking)[None]
+                landmark = landmark / math.sqrt(width) + bias
                 logits.append(inside if joint else landmark)
                 mixed = inside.softmax(0)[None] @ v[g, blocks[n]]
                 values.append(v[g, blocks[n]] if joint else mixed)
@@ -72,16 +83,19 @@ def by_hand(found, p, *, size=4, top_k=2, late=0, joint=False, plain=False):
     return out
 
 
+@pytest.mark.parametrize("positions", ["clamp", "reindexed"])
 @pytest.mark.parametrize("top_k", [2, ALL])
-def test_attention_is_two_level(top_k):
+def test_attention_is_two_level(top_k, positions):
     """Two of the blocks, and all of them: the dense form."""
-    model = patch(build("llama", layers=1), replace(SMALL, top_k=top_k))
+    model = patch(build("llama", layers=1), replace(SMALL, top_k=top_k, positions=positions))
     found = attention_of(activate(model), tokens(1, LENGTH))
     p = {n.rpartition("memory.")[2]: x.detach() for n, x in memory_parameters(model).items()}
     assert p.keys() == {"landmark.pooling", "landmark.offset", "bias"}
-    assert apart(found.output[0], by_hand(found, p, top_k=top_k)) < ONE_LAYER
-    for change in ({"late": 1}, {"top_k": 1}, {"joint": True}, {"plain": True}, {"size": 5}):
-        assert apart(found.output[0], by_hand(found, p, **{"top_k": top_k} | change)) > WRONG
+    case = {"top_k": top_k, "packed": positions == "reindexed"}
+    assert apart(found.output[0], by_hand(found, p, **case)) < ONE_LAYER
+    wrong = [{"late": 1}, {"top_k": 1}, {"joint": True}, {"plain": True}, {"size": 5}]
+    for change in (*wrong, {"packed": not case["packed"]}):
+        assert apart(found.output[0], by_hand(found, p, **case | change)) > WRONG
 
 
 def test_a_block_of_one_token_is_its_own_landmark():

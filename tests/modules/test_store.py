@@ -19,9 +19,9 @@ CACHE = 6 * SIZE * (WIDTH + 1) * 4
 """Bytes of six hot units."""
 
 
-def empty(rows, placement="device", cache_bytes=CACHE, dtype=torch.float32):
+def empty(rows, placement="device", hot_bytes=CACHE, dtype=torch.float32):
     key = torch.empty(rows, HEADS, 0, WIDTH, dtype=dtype)
-    return Store.empty(SIZE, key, key[..., :1], placement=placement, cache_bytes=cache_bytes)
+    return Store.empty(SIZE, key, key[..., :1], placement=placement, hot_bytes=hot_bytes)
 
 
 def tokens(numbers):

@@ -71,7 +71,7 @@ def test_hot_blocks_by_hand(placement):
     """Forbids: first in first out for least recently used, a block counted twice, a partly filled
     block that is kept. Room for three units; head 1 always wants block 9, which is not full.
     """
-    store = filled(38, placement=placement, cache_bytes=3 * UNIT + 7)
+    store = filled(38, placement=placement, hot_bytes=3 * UNIT + 7)
     trace = [
         ((0,), 0, 2),  # keeps 0
         ((1,), 0, 2),  # 0 1
@@ -96,7 +96,7 @@ def test_hot_blocks_by_hand(placement):
 def test_hot_blocks_follow_a_list_of_the_last_used():
     """Forbids: a count or a value that is off after evictions in any order."""
     plain, room = filled(64 * SIZE, rows=2), 9
-    store = Store.opened(**whole(plain), placement="host", cache_bytes=room * UNIT)
+    store = Store.opened(**whole(plain), placement="host", hot_bytes=room * UNIT)
     held, hits = OrderedDict(), 0
     for _ in range(150):
         index = (torch.rand(2, HEADS, 3) ** 3 * 64).long()
@@ -119,7 +119,7 @@ def test_hot_blocks_follow_a_list_of_the_last_used():
 @pytest.mark.parametrize("placement", ["device", *TIERS])
 def test_bytes_of_each_tier(placement):
     """Forbids: a report that leaves out the room, the hot blocks or a tier."""
-    store = filled(10 * SIZE, placement=placement, cache_bytes=5 * UNIT)
+    store = filled(10 * SIZE, placement=placement, hot_bytes=5 * UNIT)
     blocks = 10 * HEADS * UNIT
     # one 8-byte slot per token, one float32 summary per block and head, one length
     small = 10 * SIZE * 8 + 10 * HEADS * WIDTH * 4 + 8
@@ -129,6 +129,67 @@ def test_bytes_of_each_tier(placement):
     assert store.tier_nbytes() == expected
     assert store.nbytes == blocks + small + hot
     assert store.device_nbytes == expected["device"]
+
+
+@pytest.mark.parametrize("placement", TIERS)
+def test_keys_may_lie_elsewhere_than_values(placement, tmp_path):
+    """Keys on the device, values not: same tokens, each where it was asked for, in a store that was
+    filled, copied or opened; only values are read and kept hot."""
+    key = torch.empty(1, HEADS, 0, WIDTH)
+    tiers = {"placement": placement, "key_placement": "device", "hot_bytes": 3 * UNIT}
+    torch.manual_seed(0)
+    plain = grown(Store.empty(SIZE, key, key), 38)
+    torch.manual_seed(0)
+    store = grown(Store.empty(SIZE, key, key, **tiers), 38)
+    opened = Store.opened(**mapped(tmp_path / "saved", plain), **tiers)
+    for one in (store, store.clone(), opened):
+        assert same(one, plain)
+        held, values = one.tier_nbytes(), one.values.nbytes
+        assert held[placement] == values
+        assert held["device"] == one.nbytes - values
+        before = one.reads.nbytes
+        one.fetch(one_head(7))
+        one.fetch(one_head(7))
+        # block 7 is hot; block 9, which is not full, is read both times, and half of it is values
+        assert one.reads.nbytes - before == 2 * UNIT // 2
+
+
+@pytest.mark.parametrize("tokens", [38, 40])
+def test_an_opened_index_is_copied_once(tokens):
+    """With room for what follows: no second copy when the first new block begins."""
+    saved = whole(filled(tokens))
+    opened = Store.opened(**saved, placement="host")
+    one = grown(opened, 1, tokens)
+    slots, summaries = one.slots.data_ptr(), None
+    for more in range(1, 2 * SIZE):
+        one = grown(one, 1, tokens + more)
+        assert one.slots.data_ptr() == slots
+        if one.summarised != opened.summarised:
+            summaries = summaries or one.summaries.data_ptr()
+            assert one.summaries.data_ptr() == summaries
+    assert saved["slots"].data_ptr() != slots
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_slices_are_the_store_in_order(rows, tmp_path):
+    """Where they lie: a slice of an opened store shares its memory. Witness: rows that moved."""
+    plain = filled(38, rows=rows)
+    tensors = mapped(tmp_path / "saved", plain)
+    for store in (plain, Store.opened(**tensors, placement="host")):
+        for most in (1, 3, 99):
+            keys, values, held = (
+                torch.cat(parts) for parts in zip(*store.slices(most), strict=True)
+            )
+            assert held.sum((0, 2)).tolist() == [38] * rows
+            for found, expected in zip((keys, values), store.live(), strict=True):
+                found = found.movedim(0, 2).flatten(2, 3)[:, :, :38]
+                assert torch.equal(found, expected)
+            assert max(len(part[0]) for part in store.slices(most)) <= most
+    first = next(iter(store.slices(3)))[0]
+    assert first.data_ptr() == tensors["keys"].data_ptr()
+    if rows == 2:
+        moved = next(iter(store.apply(lambda x: x.flip(0)).slices(3)))[0]
+        assert torch.equal(moved, first.flip(1))
 
 
 def test_a_file_has_no_name_and_goes_with_its_store(folder):
@@ -201,7 +262,7 @@ def test_opened_blocks_are_read_and_never_written(placement, rows, tmp_path):
     path = tmp_path / "saved"
     tensors = mapped(path, plain)
     before, copies = path.read_bytes(), {name: x.clone() for name, x in tensors.items()}
-    store = Store.opened(**tensors, placement=placement, cache_bytes=4 * UNIT)
+    store = Store.opened(**tensors, placement=placement, hot_bytes=4 * UNIT)
     complete = min(plain.counts) // SIZE
     assert store.keys.room.shape[0] == plain.block_count() - complete
     assert same(store, plain)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rule_cases import difference
 
 from memretrofit.ops import attend, merge
+from memretrofit.ops.attend import merge_all
 
 
 def draw(seed=0, *, time=5, keys=9, heads=4, groups=2, dtype=torch.float64):
@@ -140,3 +141,25 @@ def test_merge_does_not_overflow():
     o, lse = merge(one, torch.full((1, 1, 1), 200.0), two, torch.full((1, 1, 1), 200.0))
     torch.testing.assert_close(o, torch.full((1, 1, 1, 2), 2.0))
     torch.testing.assert_close(lse, torch.full((1, 1, 1), 200.0 + math.log(2)))
+
+
+def test_parts_merge_at_once_as_one_after_another():
+    """Seven parts of nine keys, two of them empty for every query and all for one. Witness: the
+    plain mean of the parts."""
+    q, k, v = draw(keys=9)
+    cuts = (0, 2, 2, 3, 5, 5, 8, 9)
+    member = torch.zeros(7, 9, dtype=torch.bool)
+    for part in range(7):
+        member[part, cuts[part] : cuts[part + 1]] = True
+    mask = member[:, None, None, None, :].repeat(1, 2, 1, 5, 1)
+    mask[:, :, :, 3] = False
+    parts = [attend(q, k, v, each) for each in mask]
+    o, lse = merge_all(*(torch.stack(x) for x in zip(*parts, strict=True)))
+    seen = torch.ones(2, 1, 5, 9, dtype=torch.bool)
+    seen[:, :, 3] = False
+    expected, normaliser = attend(q, k, v, seen)
+    assert difference(o, expected) < 1e-12
+    assert torch.equal(lse == -math.inf, normaliser == -math.inf)
+    assert (lse - normaliser).nan_to_num(0.0).abs().max() < 1e-12
+    assert (o[:, :, 3] == 0).all()
+    assert difference(torch.stack([part[0] for part in parts]).mean(0), expected) > 1e-3

@@ -7,10 +7,13 @@ few at a time.
     retrieval_heads   which heads copy from far back
     attention_mass    how much attention falls outside sinks and window
     slot_access       how evenly the slots of a memory are written and read
+    bank_access       how evenly the rows of a bank are read
     influence         which tokens made the next one likely
 """
 
 from memretrofit.evaluation.probes.attention_mass import AttentionMass, attention_mass
+from memretrofit.evaluation.probes.bank_access import bank_access
+from memretrofit.evaluation.probes.head_plans import inverted_plan, plan_from_scores, random_plan
 from memretrofit.evaluation.probes.influence import Influence, influence
 from memretrofit.evaluation.probes.retrieval_heads import (
     RetrievalHeads,
@@ -28,7 +31,11 @@ __all__ = [
     "SlotShares",
     "Trial",
     "attention_mass",
+    "bank_access",
     "influence",
+    "inverted_plan",
+    "plan_from_scores",
+    "random_plan",
     "retrieval_heads",
     "slot_access",
     "trials_of",

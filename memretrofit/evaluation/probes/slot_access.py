@@ -28,8 +28,8 @@ from memretrofit.config import exact_tokens
 from memretrofit.errors import ConfigError, StateError
 from memretrofit.evaluation.probes.full_attention import check_ids, last_logits
 from memretrofit.modules.memory import AttentionMemory, Block
+from memretrofit.patching.surgery import attention_ledger_of
 from memretrofit.patching.wrapping import evaluating, unwrapped
-from memretrofit.retrofit import ledger_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +54,27 @@ class SlotShares:
     def effective(self) -> Tensor:
         """[heads] number of equally used slots with the same entropy."""
         return torch.special.entr(self.shares).sum(-1).exp()
+
+    def kl_to_uniform(self) -> Tensor:
+        """[heads] Σ_d p_d log(p_d n) over n slots, in nats: 0 where all are used alike, log n where
+        a single one is, NaN where none is.
+        """
+        slots = self.shares.shape[-1]
+        divergence = math.log(slots) - torch.special.entr(self.shares).sum(-1)
+        return divergence.where(self.shares.any(-1), torch.nan)
+
+    def gini(self) -> Tensor:
+        """[heads] Σ_i (2 i - n - 1) p_(i) / n over the shares in ascending order, i from 1: 0 where
+        all n are used alike, 1 - 1/n where a single one is, NaN where none is.
+        """
+        ascending, slots = self.shares.double().sort(dim=-1).values, self.shares.shape[-1]
+        weights = torch.arange(1 - slots, slots, 2, device=ascending.device)
+        found = (weights * ascending).sum(-1) / slots / ascending.sum(-1)
+        return found.float()
+
+    def used(self) -> Tensor:
+        """[heads] share of the slots that are used at all."""
+        return (self.shares > 0).float().mean(-1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,7 +101,7 @@ def slot_access(model: nn.Module, rows: Tensor) -> SlotAccess:
             keeps no state.
         UnsupportedModelError: a memory that does not say how its slots are addressed.
     """
-    ledger = ledger_of(unwrapped(model))
+    ledger = attention_ledger_of(unwrapped(model))
     seams: Any = ledger.seams
     ids = check_ids(model, rows, 2)
     memories: list[AttentionMemory] = [seam.memory for seam in seams.values()]

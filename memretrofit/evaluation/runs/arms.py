@@ -33,10 +33,10 @@ from memretrofit.patching.controls import (
     state_shuffled,
     writes_disabled,
 )
+from memretrofit.patching.surgery import attention_ledger_of
 from memretrofit.patching.wrapping import evaluating, unwrapped
 from memretrofit.retrofit import (
     is_patched,
-    ledger_of,
     memory_parameters,
     patched_config,
     patched_for_now,
@@ -185,7 +185,9 @@ def _patched_arms(
     model: Any, tokenizer: Any, window: int | None, chunk_size: int, seed: int
 ) -> dict[str, Answerer]:
     adapted = is_peft(model)
-    stateless = not any(seam.memory.state_nbytes(1) for seam in ledger_of(model).seams.values())
+    stateless = not any(
+        seam.memory.state_nbytes(1) for seam in attention_ledger_of(model).seams.values()
+    )
     fresh_is_silent = stateless or get_method(patched_config(model).method).identity == "window"
     arm = partial(ModelArm, model, tokenizer, chunk_size=chunk_size)
     is_trained = memory_state(model, seed) == "trained"
