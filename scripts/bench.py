@@ -4,10 +4,10 @@
     scripts/bench --quick                # short lengths, one or two minutes
     scripts/bench --json bench.json --base HuggingFaceTB/SmolLM2-135M-Instruct
     scripts/bench --recall-contexts 8k,32k,128k --disk-tokens 1M    # and a large saved text
-    scripts/bench --lengths none --decode-contexts none --rule-lengths none    # recall alone
+    scripts/bench --lengths none --decode-contexts none --rule-lengths none    # recall and banks
 
-What is measured and how: memretrofit/evaluation/bench.py, bench_prefill.py, bench_recall.py and
-bench_disk.py.
+What is measured and how: memretrofit/evaluation/bench.py, bench_prefill.py, bench_recall.py,
+bench_disk.py and bench_bank.py.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from memretrofit.evaluation.bench import (
     bench_rules,
     make_arms,
 )
+from memretrofit.evaluation.bench_bank import PER_TOKEN, bench_large_bank, bench_lookup
 from memretrofit.evaluation.bench_disk import QUESTION, bench_disk
 from memretrofit.evaluation.bench_prefill import bench_prefill
 from memretrofit.evaluation.bench_recall import BUDGET, bench_recall, bench_selection
@@ -63,6 +64,9 @@ NOTES = [
     f"Disk: bfloat16; pages of the saved files are dropped before they are opened. ask: a question "
     f"of {QUESTION} tokens up to its first answer. fetched_bytes: keys and values of the blocks "
     "that were fetched, read_bytes: what storage delivered, in whole pages; median per token.",
+    f"Lookup: {PER_TOKEN} rows of 512 bytes for each token; gather is torch's embedding over the "
+    "rows in memory. even: numbers drawn evenly; words: the r-th most frequent as 1 / r. Large "
+    "bank: zeros, which take no room on disk and are read like any other row.",
 ]
 
 
@@ -86,6 +90,9 @@ def main(
     disk_tokens: Annotated[
         str, typer.Option(help="Tokens of a saved text on disk, such as 1M; 24 GB with SmolLM2.")
     ] = "none",
+    bank_rows: Annotated[
+        str, typer.Option(help="Rows of a bank to look up; 512 bytes each on disk and in memory.")
+    ] = "256k",
     window: Annotated[int, typer.Option(help="sliding_window of all arms but recall.")] = 1024,
     sinks: Annotated[int, typer.Option(help="num_sink_tokens of all arms but recall.")] = 4,
     repeats: Annotated[
@@ -96,7 +103,7 @@ def main(
     """Measure speed and memory side by side; print a table, write JSON."""
     if quick:
         lengths, decode_contexts, rule_lengths, repeats = "0.5k,2k", "0.5k,8k", "0.5k", 1
-        recall_contexts = "8k"
+        recall_contexts, bank_rows = "8k", "64k"
     try:
         report = run(
             base,
@@ -105,6 +112,7 @@ def main(
             rule_lengths=_lengths(rule_lengths),
             recall_contexts=_lengths(recall_contexts),
             disk_tokens=_lengths(disk_tokens),
+            bank_rows=_lengths(bank_rows),
             window=window,
             sinks=sinks,
             repeats=repeats,
@@ -127,6 +135,7 @@ def run(
     rule_lengths: Sequence[int],
     recall_contexts: Sequence[int],
     disk_tokens: Sequence[int],
+    bank_rows: Sequence[int],
     window: int,
     sinks: int,
     repeats: int,
@@ -155,6 +164,8 @@ def run(
         decode += bench_decode(models, arms, context, steps)
     recall, too_large = bench_recall(model, arms[FULL], recall_contexts, steps, say=say)
     selection = bench_selection(model, arms[FULL], recall_contexts, steps)
+    lookup = [row for rows in bank_rows for row in bench_lookup(rows, (1, 256), steps, say)]
+    large = bench_large_bank(steps, say=say) if bank_rows else []
     say("rules")
     rules = bench_rules(rule_lengths, repeats, {"transformers": transformers_rule})
     prefill = []
@@ -186,6 +197,8 @@ def run(
         "recall": recall,
         "selection": selection,
         "disk": disk,
+        "lookup": lookup,
+        "large_bank": large,
         "rules": rules,
         "seconds": time.perf_counter() - start,
     }
@@ -223,6 +236,8 @@ def show(report: dict[str, Any]) -> None:
         "recall": "one token after this much context, of which 1,024 tokens are attended",
         "selection": "choosing blocks, against choosing among all keys",
         "disk": "a saved text",
+        "lookup": "rows of a bank, by tier",
+        "large_bank": "to open and train a bank that is larger than memory",
         "rules": "the state rules alone",
     }
     console = Console()
@@ -242,7 +257,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(f"{report['seconds'] / 60:.1f} minutes")
 
 
-_NAMES = ("arm", "phase", "rule", "form", "choice")
+_NAMES = ("arm", "phase", "rule", "form", "choice", "tier", "draw")
 _HEADINGS = {
     "tokens_per_second": "tokens/s",
     "ms_per_token": "ms/token",
@@ -257,7 +272,12 @@ _HEADINGS = {
     "fetched_bytes": "fetched MiB",
     "read_bytes": "read MiB",
     "file_bytes": "files MiB",
+    "delta_bytes": "delta MiB",
     "peak_bytes": "peak MiB",
+    "us_per_token": "us/token",
+    "over_gather": "over gather",
+    "over_ram": "over ram",
+    "hit_rate": "hits",
     "cache_bytes": "cache MiB",
 }
 

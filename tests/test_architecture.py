@@ -31,7 +31,7 @@ ROWS = [
     {"patching"},
     {"methods"},
     {"recipe_source", "recipe"},
-    {"retrofit", "description"},
+    {"retrofit", "description", "bank_description"},
     {"hub", "card"},
     {"training", "evaluation"},
     {"cli"},

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from memretrofit.errors import ConfigError, MemretrofitError
-from memretrofit.evaluation import bench_prefill
+from memretrofit.evaluation import bench_room
 from memretrofit.evaluation.bench import (
     Timing,
     advance,
@@ -82,6 +82,7 @@ def test_the_whole_bench_on_a_tiny_model(script, tmp_path, capsys):
         rule_lengths="70",
         recall_contexts="1k",
         disk_tokens="0.5k",
+        bank_rows="2k",
         window=WINDOW,
         sinks=SINKS,
         repeats=1,
@@ -103,10 +104,14 @@ def test_the_whole_bench_on_a_tiny_model(script, tmp_path, capsys):
     forms = {(r["rule"], r["form"]) for r in report["rules"]}
     assert ("gated_delta", "transformers") in forms
     assert len(forms) == 7
-    for section in ("prefill", "decode", "overhead", "recall", "selection", "rules"):
+    assert {r["rows"] for r in report["lookup"]} == {2048}
+    assert {r["file_bytes"] >> 30 for r in report["large_bank"]} == {32}
+    for section in ("prefill", "decode", "overhead", "recall", "selection", "rules", "lookup"):
         for row in report[section]:
             numbers = [
-                v for k, v in row.items() if isinstance(v, (int, float)) and k != "peak_bytes"
+                v
+                for k, v in row.items()
+                if isinstance(v, (int, float)) and k not in ("peak_bytes", "hit_rate")
             ]
             assert all(value > 0 for value in numbers), row
     own = [r for r in report["prefill"] + report["decode"] if r["arm"] == "full"]
@@ -203,11 +208,11 @@ def test_transformers_own_rule_is_called_as_ours(script):
 def test_a_peak_starts_anew():
     """What the process needed earlier is not counted; what was freed before the end is."""
     need = 2**28  # bytes, far above what an allocator keeps for itself
-    start = bench_prefill._reset_peak()
+    start = bench_room.reset_peak()
     torch.ones(need // 4)
-    assert bench_prefill._peak_bytes() - start > 0.9 * need  # the kernel counts in batches
-    start = bench_prefill._reset_peak()
-    assert bench_prefill._peak_bytes() - start < need // 4
+    assert bench_room.peak_bytes() - start > 0.9 * need  # the kernel counts in batches
+    start = bench_room.reset_peak()
+    assert bench_room.peak_bytes() - start < need // 4
 
 
 def test_rules_are_reported_per_length_and_form():

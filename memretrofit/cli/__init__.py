@@ -1,4 +1,4 @@
-"""`memretrofit methods | tasks | describe | train | eval | report | remember | generate | ...`.
+"""`memretrofit methods | tasks | describe | train | eval | report | heads | remember | ...`.
 
 Every command imports what it needs when it runs, so that `--help` answers at once. An error that
 memretrofit raises on purpose prints as its message, without a traceback, and exits with status 2.
@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from memretrofit.cli.heads import heads
+from memretrofit.cli.injecting import inject
 from memretrofit.cli.inspection import describe, methods, tasks
 from memretrofit.cli.remembering import generate, remember
 from memretrofit.cli.runs import evaluate, report, train
@@ -39,10 +41,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Give a pretrained Transformers model a memory.",
 )
-for command in (methods, tasks, describe, train):
+for command in (methods, tasks, describe, train, inject):
     app.command()(command)
 app.command("eval")(evaluate)
-for command in (report, remember, generate, card, push):
+for command in (report, heads, remember, generate, card, push):
     app.command()(command)
 
 

@@ -129,9 +129,15 @@ def evaluate(
     from memretrofit.recipe import load_recipe
 
     resolved = load_recipe(recipe if recipe is not None else directory / "recipe.yaml")
+    target = output if output is not None else directory / "report.json"
+    if resolved.data.lessons is not None:
+        from memretrofit.evaluation.bank_report import evaluate_bank
+
+        evaluate_bank(directory, resolved, target)
+        return
     from memretrofit.evaluation import evaluate
 
-    evaluate(directory, resolved, output if output is not None else directory / "report.json")
+    evaluate(directory, resolved, target)
 
 
 def report(

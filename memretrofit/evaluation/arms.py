@@ -23,7 +23,8 @@ from memretrofit.patching.controls import (
     state_shuffled,
     writes_disabled,
 )
-from memretrofit.retrofit import ledger_of, memory_parameters
+from memretrofit.patching.surgery import attention_ledger_of
+from memretrofit.retrofit import memory_parameters
 
 
 def arms_of(model: PreTrainedModel, untrained: Mapping[str, Tensor]) -> dict[str, Arm]:
@@ -69,7 +70,7 @@ def fresh_values(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
 
     Nothing about the model changes, nor about the random state of torch.
     """
-    ledger = ledger_of(model)
+    ledger = attention_ledger_of(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return {

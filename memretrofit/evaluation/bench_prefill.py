@@ -8,10 +8,7 @@ decodes on the cache that it really filled.
 from __future__ import annotations
 
 import multiprocessing
-import re
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +21,7 @@ from transformers import PreTrainedModel
 
 from memretrofit.errors import MemretrofitError
 from memretrofit.evaluation.bench import FULL, Arm, random_ids, take_turns
+from memretrofit.evaluation.bench_room import peak_bytes, reset_peak
 from memretrofit.evaluation.cost import cache_bytes, prefill
 
 
@@ -83,11 +81,11 @@ class Reading:
 def read_once(model: PreTrainedModel, tokens: int, steps: int = 3) -> Reading:
     """Prefill `tokens` in one forward and decode a few."""
     ids, token = random_ids(model, tokens), torch.zeros(1, 1, dtype=torch.long)
-    before = _reset_peak()
+    before = reset_peak()
     start = time.perf_counter()
     cache, _ = prefill(model, ids, chunk_size=None)
     seconds = time.perf_counter() - start
-    peak, size = _peak_bytes() - before, cache_bytes(cache)
+    peak, size = peak_bytes() - before, cache_bytes(cache)
     after = take_turns(
         {"": lambda: model(token, past_key_values=cache, use_cache=True)}, steps, warmup=1
     )
@@ -137,25 +135,3 @@ def _serve(pipe: Any, folder: Path, arm: Arm, threads: int) -> None:
         except EOFError:
             return
         pipe.send(asdict(read_once(model, tokens)))
-
-
-def _reset_peak() -> int:
-    """Resident bytes now; the peak is measured from here on."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return _peak_bytes()  # not Linux: what exceeds the earlier peak is counted
-    return _status("VmRSS")
-
-
-def _peak_bytes() -> int:
-    # not `ru_maxrss` on Linux: a new process starts with the one of the process that started it
-    if Path("/proc/self/status").exists():
-        return _status("VmHWM")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _status(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return 1024 * int(found[1]) if found else 0

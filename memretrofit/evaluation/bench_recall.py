@@ -26,7 +26,7 @@ from memretrofit.modules.recall import RecallMemory
 from memretrofit.modules.rolling import SPARE_COLUMNS
 from memretrofit.modules.store import Store
 from memretrofit.patching.cache import MemoryLayer
-from memretrofit.patching.surgery import ledger_of
+from memretrofit.patching.surgery import attention_ledger_of
 
 BUDGET = InfLLMConfig(sliding_window=508, num_sink_tokens=4, block_size=16, top_k=32)
 """1,024 tokens in all: 512 near ones and 512 that each head fetches."""
@@ -133,7 +133,7 @@ def bench_selection(
     against the best of all stored keys, as many tokens, by brute force.
     """
     model = Arm(name="infllm", config=full.config, method=method).share(base)
-    memory, heads = memories(model)[0], ledger_of(model).sites[0].num_heads
+    memory, heads = memories(model)[0], attention_ledger_of(model).sites[0].num_heads
     generator, rows = torch.Generator().manual_seed(0), []
     for context in contexts:
         (store,) = memory.initial_state(1, torch.empty(1, heads, 0, dtype=base.dtype))
@@ -181,7 +181,7 @@ def fill_store_cache(
         one_for_all: layers of one shape share one store, which is for saving: each layer's file
             gets all of it.
     """
-    kept = exact_tokens(ledger_of(model).config) or 0
+    kept = exact_tokens(attention_ledger_of(model).config) or 0
     read = min(tokens, 2 * kept + SPARE_COLUMNS)
     cache, _ = prefill(model, random_ids(model, read), chunk_size=None)
     held: dict[Any, Store] = {}
@@ -237,7 +237,7 @@ def stores(cache: Cache) -> list[Store]:
 
 def memories(model: PreTrainedModel) -> list[RecallMemory]:
     """Those of a patched model that recall, by layer."""
-    memories = [seam.memory for seam in ledger_of(model).seams.values()]
+    memories = [seam.memory for seam in attention_ledger_of(model).seams.values()]
     return [memory for memory in memories if isinstance(memory, RecallMemory)]
 
 

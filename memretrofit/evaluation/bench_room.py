@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -58,3 +60,21 @@ def forget_pages(path: Path) -> None:
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def reset_peak() -> int:
+    """Resident bytes now; the peak is measured from here on."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return peak_bytes()  # not Linux: what exceeds the earlier peak is counted
+    return _number("/proc/self/status", "VmRSS:", 1024) or 0
+
+
+def peak_bytes() -> int:
+    """Resident bytes at the peak since `reset_peak`."""
+    # not `ru_maxrss` on Linux: a new process starts with the one of the process that started it
+    if found := _number("/proc/self/status", "VmHWM:", 1024):
+        return found
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -8,9 +8,10 @@ What a cache of a patched model holds, one conversation, is saved by `save_memor
 `memory_file`.
 """
 
+from memretrofit.hub.bank_file import open_bank, write_bank
 from memretrofit.hub.base import load_base, load_tokenizer, tokenizer_of
 from memretrofit.hub.fingerprint import check_tokenizer, tokenizer_fingerprint, weight_fingerprint
-from memretrofit.hub.loading import from_pretrained
+from memretrofit.hub.loading import attach_bank, from_pretrained, merge_delta
 from memretrofit.hub.memory_file import load_memory, save_memory
 from memretrofit.hub.memory_record import (
     Remembered,
@@ -26,11 +27,14 @@ __all__ = [
     "BaseRecord",
     "Record",
     "Remembered",
+    "attach_bank",
     "check_tokenizer",
     "from_pretrained",
     "load_base",
     "load_memory",
     "load_tokenizer",
+    "merge_delta",
+    "open_bank",
     "push_to_hub",
     "read_record",
     "read_remembered",
@@ -42,5 +46,6 @@ __all__ = [
     "tokenizer_of",
     "verify_memory",
     "weight_fingerprint",
+    "write_bank",
     "write_card",
 ]

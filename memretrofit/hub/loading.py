@@ -12,13 +12,22 @@ from transformers import PreTrainedModel
 
 from memretrofit.errors import CheckpointError, ConfigError
 from memretrofit.hub.adapter import attach_adapter
+from memretrofit.hub.bank_file import open_bank
 from memretrofit.hub.base import check_base, load_base
+from memretrofit.hub.delta_file import load_delta
 from memretrofit.hub.folder import locate
-from memretrofit.hub.record import ADAPTER, ADAPTER_CONFIG, MEMORY, Record, method_hash, read_record
+from memretrofit.hub.record import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    DELTA,
+    MEMORY,
+    Record,
+    method_hash,
+    read_record,
+)
 from memretrofit.hub.remote import download
 from memretrofit.hub.saving import memory_tensors
 from memretrofit.hub.tensors import (
-    FLOATING,
     TensorSpec,
     differences,
     listing,
@@ -26,6 +35,8 @@ from memretrofit.hub.tensors import (
     read_tensors,
     spec_of,
 )
+from memretrofit.patching.ffn import bank_of
+from memretrofit.patching.wrapping import unwrapped
 from memretrofit.retrofit import ledger_of, patch, unpatch
 
 
@@ -33,6 +44,7 @@ def from_pretrained(
     path_or_repo: str | Path,
     *,
     base: PreTrainedModel | str | Path | None = None,
+    bank: str | Path | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     **model_kwargs: Any,
@@ -46,6 +58,8 @@ def from_pretrained(
         path_or_repo: folder, or Hub id `owner/name`.
         base: the base model, which is patched in place; or where to load it from, as in
             `load_base`. None loads the base that is recorded, at its revision and in its dtype.
+        bank: folder that `write_bank` wrote: rows of a bank's tables, read from there by memory
+            map. None: as its method makes them.
         revision: commit, branch or tag of the memory's repository.
         token: for the Hub.
         model_kwargs: for `AutoModelForCausalLM.from_pretrained`.
@@ -71,6 +85,10 @@ def from_pretrained(
     patch(model, record.method)
     try:
         _assign(model, tensors, folder / MEMORY)
+        if bank is not None:
+            attach_bank(model, bank)
+        if DELTA in record.files:
+            merge_delta(model, folder / DELTA)
         beside = folder == directory and (folder / ADAPTER_CONFIG).is_file()
         has_adapter = ADAPTER in record.files or beside
         return attach_adapter(model, folder) if has_adapter else model
@@ -107,13 +125,8 @@ def _base_model(record: Record, base: Any, token: Any, model_kwargs: dict[str, A
 def _read_memory(folder: Path, record: Record) -> dict[str, Tensor]:
     """The tensors of a memory, as its record lists them."""
     path = folder / MEMORY
-    found, metadata = read_header(path)
+    found, metadata, _ = read_header(path)
     lines = differences(record.tensors, found)
-    lines += [
-        f"{name}: {spec} is not floating point"
-        for name, spec in found.items()
-        if spec.dtype not in FLOATING
-    ]
     lines += [f"{name}: not a tensor of a memory" for name in found if ".memory." not in name]
     if lines:
         raise CheckpointError(
@@ -133,9 +146,7 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None
     ledger = ledger_of(model)
     expected = {
         # a memory may have been cast since it was made: the file's dtype is the one to restore
-        name: TensorSpec(
-            tuple(x.shape), spec_of(tensors[name]).dtype if name in tensors else spec_of(x).dtype
-        )
+        name: TensorSpec(_saved_shape(x, tensors.get(name)), _saved_dtype(x, tensors.get(name)))
         for name, x in memory_tensors(ledger).items()
     }
     if lines := differences(expected, {name: spec_of(x) for name, x in tensors.items()}):
@@ -152,3 +163,48 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None
             if name.startswith(prefix)
         }
         seam.memory.load_state_dict(own, strict=True, assign=True)
+
+
+def _saved_shape(mine: Tensor, saved: Tensor | None) -> tuple[int, ...]:
+    """What a bank fitted to its texts is empty before, and has as many entries as they gave it."""
+    fitted = saved is not None and mine.shape[:1] == (0,) and saved.shape[1:] == mine.shape[1:]
+    return tuple(saved.shape if fitted else mine.shape)  # type: ignore[union-attr]
+
+
+def _saved_dtype(mine: Tensor, saved: Tensor | None) -> str:
+    """Numbers may be saved in any floating point type; hash constants and counts are exact."""
+    free = saved is not None and mine.is_floating_point() and saved.is_floating_point()
+    return spec_of(saved if free else mine).dtype  # type: ignore[arg-type]
+
+
+def attach_bank(model: Any, directory: str | Path) -> None:
+    """Let the tables of a patched model read the rows that `write_bank` wrote, by memory map.
+
+    Raises:
+        StateError: the model has no bank, or one of other sizes.
+        CheckpointError: the folder holds no usable bank, or not all of its tables.
+    """
+    bank, found = bank_of(unwrapped(model)), open_bank(directory)
+    tables = dict(bank.each_table())
+    if missing := sorted(set(tables) - set(found)):
+        raise CheckpointError(
+            f"{directory} has tables {', '.join(sorted(found))}, and this bank also needs "
+            f"{', '.join(missing)}. Open the folder that was written for it."
+        )
+    for name, table in tables.items():
+        table.attach(found[name])
+
+
+def merge_delta(model: Any, path: str | Path) -> None:
+    """Add what another bank of the same rows learned (`delta.safetensors`) to a patched model's.
+
+    Raises:
+        StateError: the model has no bank, or both hold a row with other values.
+        CheckpointError: the file is damaged or belongs to other rows. Nothing was merged.
+    """
+    tables = dict(bank_of(unwrapped(model)).each_table())
+    deltas = load_delta(path, tables)
+    for name, delta in deltas.items():
+        tables[name].check_merge(*delta)
+    for name, delta in deltas.items():
+        tables[name].merge(*delta)

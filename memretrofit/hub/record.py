@@ -19,9 +19,11 @@ from memretrofit.errors import CheckpointError, ConfigError
 
 CONFIG = "memory_config.json"
 MEMORY = "memory.safetensors"
+DELTA = "delta.safetensors"
+"""What a bank's tables learned."""
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 CARD, REPORT, TASKS = "README.md", "report.json", "tasks"
-NAMED = (MEMORY, ADAPTER_CONFIG, ADAPTER)
+NAMED = (MEMORY, DELTA, ADAPTER_CONFIG, ADAPTER)
 """Files that a record may name; no other name from a file is ever opened."""
 SCHEMA_VERSION = 1
 MOST_BYTES = 64 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from memretrofit.card import render_card
 from memretrofit.errors import StateError
 from memretrofit.hub.adapter import save_adapter
 from memretrofit.hub.base import base_record
+from memretrofit.hub.delta_file import save_delta
 from memretrofit.hub.folder import publish, staging
 from memretrofit.hub.record import (
     CARD,
     CONFIG,
+    DELTA,
     MEMORY,
     REPORT,
     TASKS,
@@ -29,7 +32,9 @@ from memretrofit.hub.record import (
 )
 from memretrofit.hub.tensors import not_finite, sha256, spec_of, write_tensors
 from memretrofit.methods import get_method
-from memretrofit.patching.surgery import Ledger
+from memretrofit.modules.table import Table
+from memretrofit.patching.ffn import BankLedger
+from memretrofit.patching.ledger import Ledger
 from memretrofit.retrofit import ledger_of
 
 
@@ -106,12 +111,22 @@ def check_savable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def memory_tensors(ledger: Ledger) -> dict[str, Tensor]:
-    """What a file of a patched model's memory holds: `<attention module>.memory.<name>`."""
+    """What a file of a patched model's memory holds: `<module>.memory.<name>`. What a bank's tables
+    learned is a file of its own (`hub.delta_file`).
+    """
     return {
         f"{site}.memory.{inner}": tensor
         for site, seam in ledger.seams.items()
         for inner, tensor in seam.memory.state_dict().items()
+        if not re.fullmatch(r"tables\.\w+\.delta(_index)?", inner)
     }
+
+
+def opened_tables(ledger: Ledger) -> dict[str, Table]:
+    """The tables of a bank that learned something; of another memory none."""
+    if not isinstance(ledger, BankLedger):
+        return {}
+    return {name: table for name, table in ledger.bank.each_table() if table.opened}
 
 
 def write_files(
@@ -131,6 +146,9 @@ def write_files(
     # the memory comes first: from then on an adapter beside it is not taken for that of the old one
     files = [MEMORY, *save_adapter(model, folder)]
     write_tensors(tensors, folder / MEMORY, {"method_sha256": method_hash(method)})
+    if opened := opened_tables(ledger_of(model)):
+        save_delta(opened, folder / DELTA)
+        files.append(DELTA)
     hashes = {file: sha256(folder / file) for file in files}
     record = Record(
         method=method,

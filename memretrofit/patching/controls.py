@@ -38,6 +38,8 @@ class Controls:
     """Whose memory states the rows of a new cache begin with."""
     window: tuple[int, int] | None = None
     """Another (sliding_window, num_sink_tokens) for forwards without a cache."""
+    routes: Tensor | None = None
+    """[depth] or [B, depth]: where conversations that begin now read a bank; -1 abstains."""
     intercept: Callable[[Any], tuple[Tensor, Tensor | None]] | None = None
     """Called with the attention call instead of attention (attention transfer, probes)."""
     active: list[dict[str, Any]] = field(default_factory=list)
@@ -131,6 +133,14 @@ def window_override(model: PreTrainedModel, *, sliding_window: int, num_sink_tok
             f"{sliding_window} and {num_sink_tokens}."
         )
     return _set(model, window=(sliding_window, num_sink_tokens))
+
+
+def route_pinned(model: PreTrainedModel, routes: Tensor):
+    """Inside, conversations that begin read the bank at `routes` [depth] or [B, depth] (the number
+    of the child at each level; -1 abstains), whatever their text. A conversation that began
+    elsewhere is refused.
+    """
+    return _set(model, routes=routes)
 
 
 def intercepted(model: PreTrainedModel, function: Callable[[Any], tuple[Tensor, Tensor | None]]):

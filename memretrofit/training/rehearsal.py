@@ -34,9 +34,14 @@ def rehearse(recipe: Recipe, console: Console | None = None) -> None:
     """
     console = console or Console()
     config = load_base_config(recipe.base.model, recipe.base.revision, recipe.base.gguf_file)
+    if "inject" in recipe.train.stages:
+        from memretrofit.training.rehearsal_of_banks import rehearse_injection
+
+        rehearse_injection(recipe, config, console)
+        return
     with tempfile.TemporaryDirectory() as folder:
         run_small(recipe, config, Path(folder))
-    for line in [*_sizes(recipe, config), *_text(recipe)]:
+    for line in [*_sizes(recipe, config), *text_lines(recipe)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -120,7 +125,7 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
     total = sum(p.numel() for p in model.parameters())
     patch(model, recipe.method)
     memory = sum(p.numel() for p in memory_parameters(model).values())
-    speed = _multiplications_per_second()
+    speed = multiplications_per_second()
     lines = [
         "dry run: every stage ran and the result was saved and deleted; no weights were loaded",
         f"base {recipe.base.model}: {total / 1e6:,.1f}M parameters",
@@ -135,7 +140,7 @@ def _sizes(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
     return lines
 
 
-def _multiplications_per_second() -> float:
+def multiplications_per_second() -> float:
     """What a product of large float32 matrices reaches here; a model reaches about half of it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x = torch.randn(1024, 1024, device=device)
@@ -147,7 +152,8 @@ def _multiplications_per_second() -> float:
     return 0.5 * 4 * 1024**3 / (time.perf_counter() - begin)
 
 
-def _text(recipe: Recipe) -> list[str]:
+def text_lines(recipe: Recipe) -> list[str]:
+    """What is found of each source."""
     lines = []
     for source in recipe.data.sources:
         try:

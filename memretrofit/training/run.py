@@ -15,11 +15,13 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from memretrofit.data import RowDataset, load_documents, split_documents
+from memretrofit.data.lessons import Item
 from memretrofit.errors import ConfigError
 from memretrofit.recipe import Recipe, TrainSection
 from memretrofit.retrofit import patch
 from memretrofit.training.base import load_base
 from memretrofit.training.distill import DistillSettings, DistillStep, self_distillation
+from memretrofit.training.injection import prepare_injection, run_injection
 from memretrofit.training.progress import RunLog, StageProgress
 from memretrofit.training.trainable import trainable_parameters
 from memretrofit.training.transfer import TransferSettings, TransferStep, attention_transfer
@@ -60,7 +62,10 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool =
     model, tokenizer = load_base(base.model, base.revision, base.gguf_file, base.dtype)
     torch.manual_seed(recipe.train.seed)  # initialisation of the memory
     patch(model, recipe.method)
-    rows = training_rows(recipe, tokenizer, state.num_processes) if recipe.train.stages else []
+    if "inject" in recipe.train.stages:
+        rows: Any = prepare_injection(recipe, model, tokenizer)
+    else:
+        rows = training_rows(recipe, tokenizer, state.num_processes) if recipe.train.stages else []
     nn.Module.to(model, state.device)
     return run_stages(recipe, model, rows, output, resume, tokenizer)
 
@@ -125,6 +130,7 @@ def stage_rows(section: TrainSection, processes: int = 1) -> dict[str, int]:
     rows = {
         "transfer": section.transfer.steps * section.transfer.batch_size * processes,
         "distill": section.max_steps * accumulated * processes,
+        "inject": section.inject.steps * section.inject.batch_size,
     }
     return {stage: rows[stage] for stage in section.stages}
 
@@ -137,11 +143,37 @@ def run_stages(
     resume: bool,
     tokenizer: Any,
 ) -> Path:
-    """Train a patched model through the stages of a recipe, each on its part of `rows`; save it."""
-    section, checkpoints = recipe.train, output / CHECKPOINTS
-    state, log, trained = PartialState(), RunLog(output / LOG), model
+    """Train a patched model through the stages of a recipe, each on its part of `rows`; save it.
+
+    The stage `inject` takes what `prepare_injection` returned for `rows`.
+    """
+    state = PartialState()
     if state.is_main_process and not resume:  # base and text are there: now it is a run
         os.replace(output / DRAFT, output / RECIPE)
+    run = _inject if "inject" in recipe.train.stages else _transfer_and_distill
+    trained = run(recipe, model, rows, output, resume)
+    if state.is_main_process:
+        _save(recipe, trained, output, tokenizer)
+    state.wait_for_everyone()
+    return output
+
+
+def _inject(
+    recipe: Recipe, model: PreTrainedModel, items: list[Item], output: Path, resume: bool
+) -> Any:
+    section = recipe.train.inject
+    tokens = section.batch_size * sum(len(item.ids) for item in items) // len(items)
+    progress = StageProgress(RunLog(output / LOG), ["inject"], "inject", section.steps, tokens)
+    with progress:
+        run_injection(recipe, model, items, output / CHECKPOINTS / "inject.pt", progress)
+    return model
+
+
+def _transfer_and_distill(
+    recipe: Recipe, model: PreTrainedModel, rows: Any, output: Path, resume: bool
+) -> Any:
+    section, checkpoints = recipe.train, output / CHECKPOINTS
+    state, log, trained = PartialState(), RunLog(output / LOG), model
     begin = 0
     for stage, count in stage_rows(section, state.num_processes).items():
         part = Subset(rows, range(begin, begin + count))
@@ -174,10 +206,7 @@ def run_stages(
                     resume=resume,
                     on_step=_reporter(progress),
                 )
-    if state.is_main_process:
-        _save(recipe, trained, output, tokenizer)
-    state.wait_for_everyone()
-    return output
+    return trained
 
 
 def _reporter(progress: StageProgress) -> Any:

@@ -16,9 +16,8 @@ After LoLCATs, stage one (arXiv:2410.10254, section 3.2), here for any memory an
 from __future__ import annotations
 
 import contextlib
-import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +26,13 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import PreTrainedModel
 
-from memretrofit.errors import CheckpointError, ConfigError
-from memretrofit.files import replacing
+from memretrofit.errors import ConfigError
 from memretrofit.patching.controls import intercepted, window_override
-from memretrofit.retrofit import ledger_of, memory_parameters, patched_config
+from memretrofit.patching.surgery import attention_ledger_of
+from memretrofit.retrofit import memory_parameters, patched_config
+from memretrofit.training.checkpoints import load_checkpoint, save_checkpoint
 from memretrofit.training.schedule import TRANSFER, Draw, draw_window, learning_rate_factor
-from memretrofit.training.trainable import GradientWatch, fill_parameters, parameter_groups
+from memretrofit.training.trainable import GradientWatch, parameter_groups
 
 CALIBRATION_ROWS = 4
 """Rows from which a memory takes the means of queries and keys before the first step."""
@@ -115,10 +115,10 @@ def attention_transfer(
     sinks = settings.sinks or (own.num_sink_tokens,)
     groups = parameter_groups(parameters.values(), settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
-    layers = [list(seam.memory.parameters()) for seam in ledger_of(model).seams.values()]
+    layers = [list(seam.memory.parameters()) for seam in attention_ledger_of(model).seams.values()]
     start = 0
     if checkpoint is not None and checkpoint.exists():
-        start = _load(checkpoint, parameters, optimizer, settings)
+        start = load_checkpoint(checkpoint, parameters, [optimizer], settings)
 
     watch, done = GradientWatch(parameters), list[TransferStep]()
     with _only_memory_learns(model, parameters):
@@ -146,7 +146,7 @@ def attention_transfer(
             last = step + 1 == settings.steps
             due = settings.save_steps and (step + 1) % settings.save_steps == 0
             if checkpoint is not None and (last or due) and _rank() == 0:
-                _save(checkpoint, step + 1, parameters, optimizer, settings)
+                save_checkpoint(checkpoint, step + 1, parameters, [optimizer], settings)
         watch.finish()
     return done
 
@@ -169,7 +169,7 @@ class _LayerFit:
 
     def __init__(self, model: PreTrainedModel, draw: Draw) -> None:
         self.model, self.draw = model, draw
-        self.names = {id(seam): name for name, seam in ledger_of(model).seams.items()}
+        self.names = {id(seam): name for name, seam in attention_ledger_of(model).seams.items()}
         self.losses: dict[str, Tensor] = {}
         self.r2: dict[str, Tensor] = {}
 
@@ -259,47 +259,3 @@ def _average(parameters: dict[str, nn.Parameter]) -> None:
     flat /= _world()
     for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         grad.copy_(mean.view_as(grad))
-
-
-def _save(
-    path: Path,
-    step: int,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    settings: TransferSettings,
-) -> None:
-    """All that a resumed run needs, in one file that a kill leaves whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    saved = {
-        "step": step,
-        "parameters": {name: p.detach().cpu() for name, p in parameters.items()},
-        "optimizer": optimizer.state_dict(),
-        "settings": asdict(settings),
-    }
-    with replacing(path) as draft:
-        torch.save(saved, draft)
-
-
-def _load(
-    path: Path,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    settings: TransferSettings,
-) -> int:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        step, found, wanted = saved["step"], saved["settings"], asdict(settings)
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}; delete it to start afresh"
-        ) from error
-    differ = sorted(k for k in wanted if k != "save_steps" and found.get(k) != wanted[k])
-    if differ:
-        changes = ", ".join(f"{k}: {found.get(k)!r} -> {wanted[k]!r}" for k in differ)
-        raise CheckpointError(
-            f"{path} belongs to a run with other settings ({changes}); resume with those, or "
-            "delete it to start afresh"
-        )
-    fill_parameters(parameters, saved["parameters"], path)
-    optimizer.load_state_dict(saved["optimizer"])
-    return step

@@ -1,0 +1,274 @@
+"""Measure a bank: what it knows, where the knowledge is, and what it did to everything else.
+
+Recall is by generation: a prompt is continued greedily, and counts if the answer is in what was
+written. Prompts are those that were trained on, held-out phrasings, and held-out questions. Arms:
+the base model; the bank; nothing read (zeroed); every conversation read elsewhere (mis-routed).
+Forgetting is the perplexity of prose that neither training nor calibration saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from memretrofit.data import RowDataset, load_documents, split_documents
+from memretrofit.data.lessons import Lesson, read_lessons
+from memretrofit.errors import ConfigError
+from memretrofit.evaluation.likelihood import batches_of, compare_arms
+from memretrofit.evaluation.reader import Reading, read
+from memretrofit.evaluation.scoring import strict_match
+from memretrofit.evaluation.statistics import Interval, accuracy_interval, paired_bootstrap
+from memretrofit.files import write_json, write_text
+from memretrofit.markdown import escape, paragraphs, table
+from memretrofit.modules.bank import PAD, Tokens
+from memretrofit.patching.controls import (
+    memory_disabled,
+    memory_silenced,
+    route_pinned,
+    state_shuffled,
+)
+from memretrofit.patching.ffn import bank_of
+from memretrofit.patching.wrapping import unwrapped
+from memretrofit.recipe import Recipe
+
+ARMS = {
+    "base": "the base model",
+    "trained": "the bank",
+    "zeroed": "the bank, nothing read",
+    "misrouted": "the bank, read elsewhere",
+}
+KINDS = {
+    "trained": "prompts of the training texts",
+    "held_out": "held-out phrasings",
+    "held_out_questions": "held-out questions",
+}
+ANSWER_TOKENS = 8
+"""Written after a prompt."""
+PROSE_TOKENS = 128
+
+BatchArm = Callable[[Any, Tensor], AbstractContextManager[object]]
+"""(model, ids [B, T] with PAD) to the context in which a batch is answered."""
+
+
+def asked(lessons: Sequence[Lesson]) -> dict[str, list[tuple[str, str]]]:
+    """Prompts with their answers, for each kind that there is."""
+    kinds: dict[str, list[tuple[str, str]]] = {kind: [] for kind in KINDS}
+    for lesson in lessons:
+        answer = lesson.answer.strip()
+        if answer:
+            kinds["trained"] += [(context, answer) for context in lesson.contexts]
+            kinds["held_out"] += [(prompt, answer) for prompt in lesson.held_out]
+            kinds["held_out_questions"] += [(q, answer) for q in lesson.held_out_questions]
+    return {kind: pairs for kind, pairs in kinds.items() if pairs}
+
+
+def recall(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    arm: BatchArm,
+    *,
+    batch_size: int = 16,
+) -> list[float]:
+    """1 for each prompt whose continuation holds its answer, else 0."""
+    found: list[float] = []
+    for rows in batches_of(len(pairs), batch_size):
+        prompts = [prompt for prompt, _ in pairs[rows]]
+        readings = [Reading(prompt=prompt, max_new_tokens=ANSWER_TOKENS) for prompt in prompts]
+        with arm(model, _padded(tokenizer, prompts)):
+            outcomes = read(model, tokenizer, readings)
+        answers = [answer for _, answer in pairs[rows]]
+        found += [
+            strict_match(outcome.text, (answer,), "all")
+            for outcome, answer in zip(outcomes, answers, strict=True)
+        ]
+    return found
+
+
+def _padded(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    longest = max(map(len, rows))
+    return torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
+
+
+def _misrouted(model: Any, ids: Tensor) -> AbstractContextManager[object]:
+    """Every row reads where its own text does not lead; without routes, what the next row reads."""
+    inner = unwrapped(model)
+    routes = bank_of(inner).wrong_routes(Tokens(ids=ids, new=ids.shape[1]))
+    return state_shuffled(inner) if routes is None else route_pinned(inner, routes)
+
+
+BATCH_ARMS: Mapping[str, BatchArm] = {
+    "base": lambda model, _: memory_disabled(unwrapped(model)),
+    "trained": lambda model, _: nullcontext(),
+    "zeroed": lambda model, _: memory_silenced(unwrapped(model)),
+    "misrouted": _misrouted,
+}
+
+
+def measure_recall(
+    model: Any, tokenizer: Any, lessons: Sequence[Lesson], console: Console
+) -> dict[str, dict[str, Any]]:
+    """Recall of every kind of prompt in every arm, with Wilson's intervals over lessons."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind, pairs in asked(lessons).items():
+        found[kind] = {"prompts": len(pairs)}
+        for name, arm in BATCH_ARMS.items():
+            interval = accuracy_interval(recall(model, tokenizer, pairs, arm))
+            found[kind][name] = interval._asdict()
+            console.print(f"recall, {KINDS[kind]}, {ARMS[name]}: {interval.mean:.3f}")
+    return found
+
+
+def measure_prose(model: Any, rows: Tensor, section: Any, console: Console) -> dict[str, Any]:
+    """Mean negative log-likelihood of prose [R, T] in every arm, and its rise over the base."""
+    inner = unwrapped(model)
+    wrong = bank_of(inner).wrong_routes(Tokens(ids=rows[:1], new=rows.shape[1]))
+    scores = compare_arms(
+        model,
+        rows,
+        {
+            "base": lambda: memory_disabled(inner),
+            "trained": nullcontext,
+            "misrouted": lambda: (
+                state_shuffled(inner) if wrong is None else route_pinned(inner, wrong)
+            ),
+        },
+        teacher=None,
+        first_position=0,
+        batch_size=section.batch_size,
+        progress=console.is_terminal,
+    )
+    means = {name: arm.nll.mean(-1) for name, arm in scores.items()}
+    found: dict[str, Any] = {"sequences": len(rows), "tokens": rows.shape[1]}
+    for name, values in means.items():
+        rise = paired_bootstrap(
+            values, means["base"], samples=section.bootstrap_samples, seed=section.seed
+        )
+        untouched = (scores[name].nll == scores["base"].nll).all(-1).float().mean()
+        found[name] = {
+            "nll": float(values.mean()),
+            "perplexity": float(values.mean().exp()),
+            "rise": rise._asdict(),
+            "perplexity_ratio": float((values.mean() - means["base"].mean()).exp()),
+            "untouched_sequences": float(untouched),
+        }
+        console.print(f"prose, {ARMS[name]}: perplexity {found[name]['perplexity']:.3f}")
+    return found
+
+
+def held_out_prose(recipe: Recipe, tokenizer: Any) -> Tensor:
+    """[R, T] rows of the part of the sources that training and calibration never read."""
+    documents = [d for source in recipe.data.sources for d in load_documents(source)]
+    _, held_out = split_documents(documents, recipe.data.held_out, recipe.train.seed)
+    section = recipe.evaluate
+    rows = RowDataset(
+        held_out, tokenizer, PROSE_TOKENS, 0.0, section.seed, size=section.rows
+    ).rows()
+    return rows[0]
+
+
+def evaluate_bank(directory: Path, recipe: Recipe, output: Path) -> dict[str, Any]:
+    """Measure the bank saved in `directory`, and write `output` (JSON), a `.md` beside it and, for
+    the directory's own report, the model card.
+
+    Raises:
+        CheckpointError: the folder holds no usable memory.
+        ConfigError: lessons or prose are missing, or the report cannot be written.
+    """
+    from memretrofit.hub import from_pretrained, read_record, tokenizer_of, write_card
+
+    if recipe.data.lessons is None:
+        raise ConfigError(f"{directory}: its recipe names no lessons (data.lessons) to ask about")
+    console = Console(stderr=True, highlight=False)
+    lessons = read_lessons(Path(recipe.data.lessons))
+    tokenizer = tokenizer_of(read_record(directory).base)
+    model = from_pretrained(directory).eval()
+    with torch.no_grad():
+        results: dict[str, Any] = {
+            "lessons": len(lessons),
+            "recall": measure_recall(model, tokenizer, lessons, console),
+            "prose": measure_prose(
+                model, held_out_prose(recipe, tokenizer), recipe.evaluate, console
+            ),
+            "sizes": sizes(model),
+        }
+    notes, tables = summary(results)
+    results["report"] = {"notes": notes, "tables": tables}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, results)
+    write_text(output.with_suffix(".md"), paragraphs([f"# {directory.name}", *_markdown(results)]))
+    if output.resolve() == (directory / "report.json").resolve():
+        write_card(directory)
+    return results
+
+
+def sizes(model: Any) -> dict[str, int]:
+    """Rows and numbers that were trained, and what the bank could hold."""
+    bank = bank_of(unwrapped(model))
+    tables = [table for _, table in bank.each_table()]
+    deltas = [table.delta for table in tables if table.delta is not None]
+    dense = sum(p.numel() for p in bank.parameters()) - sum(p.numel() for p in deltas)
+    return {
+        "rows": sum(table.rows for table in tables),
+        "opened_rows": sum(table.opened for table in tables),
+        "row_parameters": sum(p.numel() for p in deltas),
+        "dense_parameters": dense,
+    }
+
+
+def summary(results: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+    """What a card and a report say: sentences, and tables as `markdown.table` takes them."""
+    arms = list(ARMS)
+    recalled = {
+        "title": "Recall by generation",
+        "text": f"{results['lessons']} lessons; the answer stands in {ANSWER_TOKENS} tokens that "
+        "follow the prompt. Wilson's intervals.",
+        "columns": ["prompts", "number", *(ARMS[arm] for arm in arms)],
+        "rows": [
+            [KINDS[kind], entry["prompts"], *(_words(entry[arm]) for arm in arms)]
+            for kind, entry in results["recall"].items()
+        ],
+    }
+    prose = results["prose"]
+    forgotten = {
+        "title": "Prose that nothing was trained on",
+        "text": f"{prose['sequences']} rows of {prose['tokens']} tokens.",
+        "columns": ["arm", "perplexity", "ratio to base", "rise in nats", "rows without a change"],
+        "rows": [
+            [
+                ARMS[arm],
+                f"{prose[arm]['perplexity']:.3f}",
+                f"{prose[arm]['perplexity_ratio']:.4f}",
+                _words(prose[arm]["rise"], 4),
+                f"{100 * prose[arm]['untouched_sequences']:.1f} %",
+            ]
+            for arm in arms
+            if arm in prose
+        ],
+    }
+    size = results["sizes"]
+    notes = [
+        f"{size['opened_rows']:,} of {size['rows']:,} rows were trained: "
+        f"{size['row_parameters']:,} numbers, and {size['dense_parameters']:,} dense parameters."
+    ]
+    return notes, [recalled, forgotten]
+
+
+def _markdown(results: Mapping[str, Any]) -> Iterator[str]:
+    yield "\n".join(f"- {escape(note)}" for note in results["report"]["notes"])
+    for entry in results["report"]["tables"]:
+        yield f"## {escape(entry['title'])}"
+        yield escape(entry["text"])
+        yield table(entry["columns"], entry["rows"])
+
+
+def _words(interval: Mapping[str, float], digits: int = 2) -> str:
+    values = Interval(**interval)
+    return f"{values.mean:.{digits}f} [{values.low:.{digits}f}, {values.high:.{digits}f}]"

@@ -1,0 +1,162 @@
+"""What a memory bank is: the contract between rows that were added to a model and the seams at
+which they are read.
+
+A bank stands beside the whole model. Once per forward it decides, from the tokens of each row so
+far, what is looked up; then one read in each patched layer turns that into something which is added
+there. Rows live in tables (`modules.table`): what trains is a table's delta, never the table.
+Letters: see `memretrofit.__doc__`; P is the number of tokens that came before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from memretrofit.errors import StateError
+from memretrofit.modules.table import Table
+
+PAD = -1
+"""Stands in `Tokens.ids` where a row has no token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The tokens of a forward behind those that came before in their rows."""
+
+    ids: Tensor
+    """[B, P + T] the row so far; `PAD` where there is no token."""
+    new: int
+    """T: the last so many are read in this forward."""
+    routes: Tensor | None = None
+    """[B, depth] what the user pinned for these conversations, -1 to abstain; None: the bank
+    decides.
+    """
+
+    @classmethod
+    def of(cls, text: Tensor) -> Tokens:
+        """One text [T] of ids, read at once."""
+        return cls(ids=text[None], new=len(text))
+
+
+class Read(NamedTuple):
+    """What one layer adds."""
+
+    added: Tensor | None
+    """[B, T, E]; None leaves the original forward as it is, bit for bit."""
+    where: Tensor | None = None
+    """[B, T] bool: every other token keeps its original bits. None adds everywhere."""
+    kept: Tensor | None = None
+    """[B, T, D] what the read must see again of these tokens."""
+
+
+class BankRead(nn.Module):
+    """One layer's part: what was looked up becomes something that is added there."""
+
+    history: int = 0
+    """Earlier tokens whose `Read.kept` the forward needs."""
+
+    def forward(self, hidden: Tensor, found: Any, past: Tensor | None) -> Read:
+        """What is added at this layer.
+
+        Args:
+            hidden: [B, T, E] input of the FFN, or of the decoder layer.
+            found: what the bank's forward returned.
+            past: [B, n, D] `kept` of the last tokens, n <= history, zeros at padding; None before
+                the first token.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What a bank may look at before it is trained."""
+
+    examples: Sequence[Tensor]
+    """Texts to be learned, [T] ids each."""
+    generic: Sequence[Tensor]
+    """Ordinary text, [T] ids each: for thresholds and background counts."""
+    embedding: Tensor
+    """[V, E] the model's frozen input embeddings."""
+    tokenizer: Any = None
+
+
+class MemoryBank(nn.Module):
+    """Rows for a whole model, and the rule that says which of them a token reads."""
+
+    def __init__(self, tables: Mapping[str, Table]) -> None:
+        super().__init__()
+        self.tables = nn.ModuleDict(tables)
+
+    def forward(self, tokens: Tokens) -> Any:
+        """What the reads of all layers are given. Depends on a token and those before it alone."""
+        raise NotImplementedError
+
+    def addresses(self, tokens: Tokens) -> dict[str, Tensor]:
+        """The rows of each table that these tokens read, unique numbers; {} where that depends on
+        hidden states.
+        """
+        return {}
+
+    def wrong_routes(self, tokens: Tokens) -> Tensor | None:
+        """[B, depth] a route for each row that is not the one its text takes at its end, for
+        controls; None: this bank has no routes.
+        """
+        return None
+
+    def prepare(self, preparation: Preparation) -> None:
+        """Fit what comes from data; called once, before training. Nothing by default."""
+
+    def open_rows(self, texts: Sequence[Tensor]) -> int:
+        """Let every row train that one of the texts [T] reads, and return how many there are.
+
+        Raises:
+            StateError: none is read: training would change nothing.
+        """
+        wanted: dict[str, list[Tensor]] = {}
+        for text in texts:
+            for name, index in self.addresses(Tokens.of(text)).items():
+                wanted.setdefault(name, []).append(index)
+        for name, found in wanted.items():
+            self.table(name).open(torch.cat(found))
+        opened = sum(table.opened for _, table in self.each_table())
+        if not opened:
+            raise StateError(
+                f"None of {len(texts)} texts reads a row of this bank, so nothing would train. "
+                "Prepare the bank on texts like them first."
+            )
+        return opened
+
+    def table(self, name: str) -> Table:
+        """One table by its name."""
+        table = self.tables[name]
+        assert isinstance(table, Table)
+        return table
+
+    def each_table(self) -> Iterator[tuple[str, Table]]:
+        """All tables with their names."""
+        return ((name, self.table(name)) for name in self.tables)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What a bank must know of the model that it stands beside."""
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    layers: tuple[int, ...]
+    """Indices of the layers that get a read."""
+    activation: Callable[[Tensor], Tensor]
+    """Of the model's own FFN."""
+    embedding: Callable[[], Tensor]
+    """[V, E] the model's input embeddings."""
+    dtype: torch.dtype
+
+
+def is_real(tokens: Tokens) -> Tensor:
+    """[B, T] bool: which of the new tokens there are."""
+    return tokens.ids[:, tokens.ids.shape[1] - tokens.new :] != PAD

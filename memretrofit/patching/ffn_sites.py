@@ -1,0 +1,131 @@
+"""Find where a decoder's layers and their FFNs can be entered, by asking the model: one forward of
+two tokens, recorded.
+
+The FFN is the child of a decoder layer that is called by one of a few names; the whole block of a
+mixture of experts, not an expert. It is a site if the forward called it once, with the hidden
+states of the layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from memretrofit.errors import UnsupportedModelError
+from memretrofit.patching.wrapping import evaluating
+
+FFN_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
+"""What architectures call the child of a decoder layer that is its FFN."""
+
+Kind = Literal["ffn", "layer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankSite:
+    """A module whose output, or input, a bank adds to."""
+
+    name: str
+    module: nn.Module
+    layer_idx: int
+
+
+def decoder_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """The module of `model` that is given token ids and holds the layers, and its name.
+
+    Raises:
+        UnsupportedModelError: there is none, or it is the model itself.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    names = {module: name for name, module in model.named_modules()}
+    name = names.get(decoder, "") if decoder is not None else ""
+    if not name:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no decoder of its own below its head, beside which a bank "
+            "could stand. Pass a causal language model (AutoModelForCausalLM)."
+        )
+    assert decoder is not None
+    return name, decoder
+
+
+def find_bank_sites(model: PreTrainedModel, kind: Kind) -> list[BankSite]:
+    """The FFNs of a decoder, or its layers, in layer order.
+
+    Raises:
+        UnsupportedModelError: there are none, or the model cannot run on two token ids; the message
+            says what was looked for and found.
+    """
+    name, decoder = decoder_of(model)
+    layers = _layers(model, decoder)
+    paths = {module: path for path, module in model.named_modules()}
+    found = [_entered(layer, kind) for layer in layers]
+    shapes = _run_two_tokens(model, [module for module in found if module is not None])
+    sites = [
+        BankSite(name=paths[module], module=module, layer_idx=index)
+        for index, module in enumerate(found)
+        if module is not None and shapes.get(module) == [(1, 2)]
+    ]
+    if not sites:
+        children = sorted({child for layer in layers for child, _ in layer.named_children()})
+        raise UnsupportedModelError(
+            f"No layer of {type(model).__name__} has an FFN that can be entered: looked in the "
+            f"{len(layers)} layers of {name} for a child named {', '.join(FFN_NAMES)} that is "
+            f"called once with hidden states [B, T, E]; found {', '.join(children)}."
+        )
+    return sites
+
+
+def _layers(model: PreTrainedModel, decoder: nn.Module) -> list[nn.Module]:
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    fitting = [list(found) for found in lists if len(found) == count]
+    if len(fitting) != 1:
+        raise UnsupportedModelError(
+            f"The layers of {type(model).__name__} could not be located: its config states "
+            f"{count}, and its decoder has {len(fitting)} lists of so many modules."
+        )
+    return fitting[0]
+
+
+def _entered(layer: nn.Module, kind: Kind) -> nn.Module | None:
+    if kind == "layer":
+        return layer
+    children = dict(layer.named_children())
+    return next((children[name] for name in FFN_NAMES if name in children), None)
+
+
+def _run_two_tokens(
+    model: PreTrainedModel, modules: list[nn.Module]
+) -> dict[nn.Module, list[tuple[int, ...]]]:
+    """[B, T] of each call of each module."""
+    calls: dict[nn.Module, list[tuple[int, ...]]] = {}
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = hidden_of(args, kwargs)
+        shape = tuple(hidden.shape[:-1]) if isinstance(hidden, Tensor) else ()
+        calls.setdefault(module, []).append(shape)
+
+    handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in set(modules)]
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model), torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run on two token ids, so its layers could not be "
+            f"located: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def hidden_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The hidden states that a layer or an FFN was called with."""
+    if args:
+        return args[0]
+    return kwargs.get("hidden_states", next(iter(kwargs.values()), None))

@@ -1,0 +1,171 @@
+"""What a cache remembers of the tokens themselves, for memories that look tokens up.
+
+A bank reads its rows by what was said so far: n-grams reach over the border of two calls, and a
+route is that of the whole prefix. So the tokens of each row live in the cache beside their keys,
+and move with them: beams, crops, copies. Any kind of cache will do; its own class stays a base
+class of what it becomes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from memretrofit.errors import StateError
+from memretrofit.modules.bank import PAD
+from memretrofit.modules.rolling import RollingBuffer
+
+
+class History:
+    """The tokens of each row, and what layers keep of each."""
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self._ids = RollingBuffer()
+        self._kept: dict[str, RollingBuffer] = {}
+        self.routes: Tensor | None = None
+        """[B, depth] what the rows were pinned to when they began; None: nothing was pinned."""
+
+    @property
+    def ids(self) -> Tensor | None:
+        """[B, P], `PAD` where there is no token; None before the first."""
+        view = self._ids.view
+        return None if view is None else view[..., 0].long()
+
+    def __len__(self) -> int:
+        view = self._ids.view
+        return 0 if view is None else view.shape[-2]
+
+    def append(self, ids: Tensor) -> Tensor:
+        """Add the tokens [B, T] and return all [B, P + T]."""
+        return self._ids.append(ids[..., None].int())[..., 0].long()
+
+    def past(self, name: str, count: int) -> Tensor | None:
+        """[B, n <= count, D] what the layer `name` kept of the last tokens."""
+        view = self._kept[name].view if name in self._kept else None
+        return None if view is None else view[:, -count:]
+
+    def keep(self, name: str, columns: Tensor) -> None:
+        """Add what the layer `name` keeps of the new tokens, [B, T, D]."""
+        self._kept.setdefault(name, RollingBuffer()).append(columns)
+
+    def crop(self, count: int) -> None:
+        """Forget the last `count` tokens."""
+        for buffer in self._buffers():
+            buffer.crop(count)
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Reorder, repeat or choose rows."""
+        for buffer in self._buffers():
+            buffer.apply(function)
+        self.routes = None if self.routes is None else function(self.routes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(buffer.nbytes for buffer in self._buffers())
+
+    def _buffers(self) -> list[RollingBuffer]:
+        held = [self._ids, *self._kept.values()]
+        return [buffer for buffer in held if buffer.view is not None]
+
+
+class _Remembering(Cache):
+    """A cache that has a history; mixed into the class that it had."""
+
+    history: History
+
+    def reset(self) -> None:
+        """Forget everything and keep the object."""
+        super().reset()
+        self.history = History(self.history.owner)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Move rows to where beam search wants them."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.history.apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens."""
+        super().crop(tokens_to_remove)
+        self.history.crop(-tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        super().batch_repeat_interleave(repeats)
+        self.history.apply(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        self.history.apply(lambda x: x[indices, ...])
+
+
+@functools.cache
+def remembering(kind: type[Cache]) -> type[Cache]:
+    """The class of a cache of some kind that also has a history."""
+    return type(f"Remembering{kind.__name__}", (_Remembering, kind), {"__module__": __name__})
+
+
+def history_of(cache: Any, owner: str) -> History:
+    """The history of `cache`, which gets an empty one if nothing has been read with it.
+
+    Raises:
+        StateError: the cache holds tokens that this bank has not seen, or the history of another
+            patched model.
+    """
+    seen = cache.get_seq_length()
+    if not isinstance(cache, _Remembering):
+        if seen:
+            raise StateError(
+                f"This cache already holds {seen} tokens that were read without the bank, so it is "
+                "not known which they were. Read the text again with a fresh cache."
+            )
+        adopt(cache, History(owner))
+    history: History = cache.history
+    if history.owner != owner:
+        raise StateError(
+            "This cache belongs to a conversation of another patched model (or of an earlier "
+            "patch). Start with a fresh cache: past_key_values=None."
+        )
+    if len(history) != seen:
+        raise StateError(
+            f"This cache holds {seen} tokens, of which the bank has seen {len(history)}: some were "
+            "read while the memory was disabled. Read the text again with a fresh cache."
+        )
+    return history
+
+
+def adopt(cache: Any, history: History) -> None:
+    """Let `cache` remember `history`."""
+    if not isinstance(cache, _Remembering):
+        cache.__class__ = remembering(type(cache))
+    cache.history = history
+
+
+def real_ids(ids: Tensor, mask: Any) -> Tensor:
+    """`ids` [B, T] with `PAD` where the 2-D attention mask [B, P + T] says that there is no token.
+
+    Raises:
+        StateError: the mask is more than padding, so rows may hold several texts.
+    """
+    if mask is None:
+        return ids
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise StateError(
+            "A bank needs to know which tokens are padding, and this attention mask is more than "
+            "that (packed sequences, or a 4-D mask). Pass one sequence per row and a 2-D mask."
+        )
+    return ids.masked_fill(~mask[:, mask.shape[1] - ids.shape[1] :].bool(), PAD)
+
+
+def same_routes(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether two pins are the same."""
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first.cpu(), second.cpu())

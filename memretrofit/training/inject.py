@@ -1,0 +1,134 @@
+"""Write lessons into what may change of a frozen model: a bank's opened rows, or an adapter.
+
+::
+
+    loss = mean over learned tokens of -log p(token | what comes before it)
+
+Rows have sparse gradients, and SparseAdam moves those of a step alone: dense Adam would go on
+moving every row by its old momentum. Everything random is a function of (seed, step).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memretrofit.data.lessons import IGNORED, Item, batch
+from memretrofit.errors import ConfigError, StateError
+from memretrofit.training.checkpoints import load_checkpoint, save_checkpoint
+from memretrofit.training.schedule import learning_rate_factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class InjectSettings:
+    """How long, and how fast."""
+
+    steps: int = 300
+    batch_size: int = 8
+    """Texts of one step."""
+    learning_rate: float = 3e-3
+    """Of Adam, at its peak; see `learning_rate_factor` for the rest."""
+    warmup_ratio: float = 0.05
+    max_grad_norm: float = 1.0
+    """Of the dense parameters; rows are not clipped, Adam bounds their steps."""
+    seed: int = 0
+    save_steps: int = 50
+    """Steps between checkpoints."""
+
+
+class InjectStep(NamedTuple):
+    """What one step measured, on the texts that it then learned from."""
+
+    step: int
+    """Counts from 1."""
+    loss: float
+    learning_rate: float
+    tokens: int
+    """That were read."""
+
+
+def inject(
+    model: Any,
+    parameters: Mapping[str, nn.Parameter],
+    items: Sequence[Item],
+    settings: InjectSettings,
+    *,
+    checkpoint: Path | None = None,
+    on_step: Callable[[InjectStep], None] | None = None,
+) -> None:
+    """Train `parameters` of `model` on `items`; nothing else changes.
+
+    Args:
+        model: patched, or a PeftModel; trained on the device it is on, in eval mode (no dropout).
+        parameters: by name, as they go into a checkpoint.
+        items: see `memretrofit.data.lessons.items_of`.
+        settings: see `InjectSettings`.
+        checkpoint: file that is written every `save_steps` steps and at the end. When it exists,
+            training goes on from it, with the same losses as an uninterrupted run.
+        on_step: called after each step.
+
+    Raises:
+        ConfigError: there is nothing to train or nothing to learn.
+        StateError: the loss is not finite, or no parameter received a gradient.
+        CheckpointError: `checkpoint` is damaged or belongs to other settings.
+    """
+    if not parameters or not items:
+        raise ConfigError(f"{len(parameters)} parameters and {len(items)} texts: nothing to train")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    rows = {name: p for name, p in parameters.items() if name.endswith(".delta")}
+    dense = [p for name, p in parameters.items() if name not in rows]
+    optimizers: list[torch.optim.Optimizer] = []
+    if rows:
+        optimizers.append(torch.optim.SparseAdam(list(rows.values()), settings.learning_rate))
+    if dense:
+        optimizers.append(torch.optim.AdamW(dense, settings.learning_rate, weight_decay=0.0))
+    start = 0
+    if checkpoint is not None and checkpoint.exists():
+        start = load_checkpoint(checkpoint, parameters, optimizers, settings)
+    model.eval()
+    for step in range(start, settings.steps):
+        given = batch(items, settings.seed, step, settings.batch_size)
+        given = {name: x.to(model.device) for name, x in given.items()}
+        loss = _loss(model, given)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise StateError(
+                f"the loss of step {step + 1} is {value}; lower the learning rate, or train "
+                "in float32"
+            )
+        loss.backward()
+        if step == start and not any(p.grad is not None for p in parameters.values()):
+            raise StateError(
+                "no parameter received a gradient: the texts read no row that may change."
+            )
+        factor = learning_rate_factor(step, settings.steps, settings.warmup_ratio)
+        nn.utils.clip_grad_norm_([p for p in dense if p.grad is not None], settings.max_grad_norm)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        if on_step is not None:
+            tokens = int(given["attention_mask"].sum())
+            on_step(InjectStep(step + 1, value, settings.learning_rate * factor, tokens))
+        last = step + 1 == settings.steps
+        if checkpoint is not None and (last or (step + 1) % settings.save_steps == 0):
+            save_checkpoint(checkpoint, step + 1, parameters, optimizers, settings)
+
+
+def _loss(model: Any, given: dict[str, Tensor]) -> Tensor:
+    logits = model(
+        input_ids=given["input_ids"], attention_mask=given["attention_mask"], use_cache=False
+    ).logits
+    learned = given["labels"][:, 1:] != IGNORED
+    return F.cross_entropy(logits[:, :-1][learned].float(), given["labels"][:, 1:][learned])

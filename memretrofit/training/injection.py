@@ -1,0 +1,101 @@
+"""The stage `inject` of a recipe: what a bank learns, and the ordinary text that it must leave
+alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from memretrofit.data import RowDataset, load_documents, split_documents
+from memretrofit.data.lessons import Item, items_of, read_lessons
+from memretrofit.modules.bank import Preparation
+from memretrofit.patching.ffn import bank_of
+from memretrofit.recipe import Recipe
+from memretrofit.retrofit import memory_parameters
+from memretrofit.training.inject import InjectSettings, InjectStep, inject
+from memretrofit.training.progress import StageProgress
+
+GENERIC_TEXTS, GENERIC_TOKENS = 400, 128
+"""Pieces of ordinary text, and their length, by which a bank learns what not to answer to."""
+
+
+def prepare_injection(recipe: Recipe, model: PreTrainedModel, tokenizer: Any) -> list[Item]:
+    """Read the lessons, fit the bank to them, and open the rows that they read.
+
+    Raises:
+        ConfigError: the file of lessons is broken, or a source of ordinary text is missing.
+        StateError: the lessons read no row.
+    """
+    items = lesson_items(recipe, tokenizer)
+    fit_bank(model, items, generic_texts(recipe, tokenizer), tokenizer)
+    return items
+
+
+def lesson_items(recipe: Recipe, tokenizer: Any) -> list[Item]:
+    """What the lessons of a recipe train on. See `read_lessons` for errors."""
+    assert recipe.data.lessons is not None
+    lessons = read_lessons(Path(recipe.data.lessons))
+    return items_of(lessons, tokenizer, recipe.train.sequence_length)
+
+
+def fit_bank(
+    model: PreTrainedModel, items: list[Item], generic: list[Tensor], tokenizer: Any
+) -> None:
+    """Prepare the bank of `model` for `items`, and open the rows that they read.
+
+    Raises:
+        StateError: they read no row.
+    """
+    bank = bank_of(model)
+    embedding: Any = model.get_input_embeddings()
+    bank.prepare(
+        Preparation(
+            examples=[item.ids[: item.first] if item.first > 1 else item.ids for item in items],
+            generic=generic,
+            embedding=embedding.weight.detach(),
+            tokenizer=tokenizer,
+        )
+    )
+    bank.open_rows([item.ids for item in items])
+
+
+def generic_texts(recipe: Recipe, tokenizer: Any) -> list[Tensor]:
+    """Pieces of the recipe's sources, of the part that may be looked at before the evaluation.
+
+    Raises:
+        ConfigError: a source is missing, or too short for one piece.
+    """
+    documents = [d for source in recipe.data.sources for d in load_documents(source)]
+    kept, _ = split_documents(documents, recipe.data.held_out, recipe.train.seed)
+    rows = RowDataset(
+        kept, tokenizer, GENERIC_TOKENS, 0.0, recipe.train.seed, size=GENERIC_TEXTS
+    ).rows()[0]
+    return list(rows)
+
+
+def run_injection(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    items: list[Item],
+    checkpoint: Path,
+    progress: StageProgress,
+) -> None:
+    """Train what the bank may change. See `inject` for errors."""
+    section = recipe.train
+    settings = InjectSettings(
+        steps=section.inject.steps,
+        batch_size=section.inject.batch_size,
+        learning_rate=section.inject.learning_rate,
+        warmup_ratio=section.warmup_ratio,
+        seed=section.seed,
+        save_steps=section.save_steps,
+    )
+
+    def report(step: InjectStep) -> None:
+        progress.advance(step.step, step.loss, learning_rate=step.learning_rate)
+
+    inject(model, memory_parameters(model), items, settings, checkpoint=checkpoint, on_step=report)
