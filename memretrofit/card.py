@@ -41,7 +41,8 @@ def render_card(
         results: `texts`: name of a held-out text -> `Summary.to_dict()`, the headline first; and
             optionally `cost`: arm -> {`cache_bytes`, `ms_per_token`}, with `cost_tokens`, the
             length at which it was measured; and `tasks`: the `report.json` of a task run, of which
-            the notes and the tables are printed.
+            the notes and the tables are printed. Of a bank: `recall`: kind of prompt -> arm ->
+            interval, and `report`: {`notes`, `tables`}, printed.
         paper: of the method, `arXiv:...`.
         limits: Markdown: what it does not do, what was tried and failed. Printed as it stands.
         hashes: file name -> SHA-256.
@@ -49,7 +50,9 @@ def render_card(
         tags: further tags of the Hub.
     """
     texts = dict((results or {}).get("texts") or {})
-    front = _front_matter(name, config, base, texts, licence, tags)
+    entries = [_index_entry(text, summary) for text, summary in texts.items()]
+    entries += _recall_entries((results or {}).get("recall") or {})
+    front = _front_matter(name, config, base, entries, licence, tags)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)}---",
         f"# {escape(name)}",
@@ -75,7 +78,7 @@ def _front_matter(
     name: str,
     config: Mapping[str, Any],
     base: Mapping[str, Any],
-    texts: Mapping[str, Any],
+    entries: Sequence[Mapping[str, Any]],
     licence: str,
     tags: Sequence[str],
 ) -> dict[str, Any]:
@@ -89,7 +92,6 @@ def _front_matter(
     front["license"] = licence
     method = str(config.get("method", "unknown"))
     front["tags"] = list(dict.fromkeys(["memretrofit", "memory", "long-context", method, *tags]))
-    entries = [_index_entry(text, summary) for text, summary in texts.items()]
     if any(entry["metrics"] for entry in entries):
         front["model-index"] = [
             {"name": name, "results": [entry for entry in entries if entry["metrics"]]}
@@ -114,6 +116,18 @@ def _index_entry(text: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         "dataset": {"type": "text", "name": text},
         "metrics": metrics,
     }
+
+
+def _recall_entries(recall: Mapping[str, Any]) -> list[dict[str, Any]]:
+    label = "Recall by generation (share of prompts)"
+    return [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"type": "lessons", "name": kind},
+            "metrics": [_metric("recall", label, arms["trained"]["mean"])],
+        }
+        for kind, arms in recall.items()
+    ]
 
 
 def _metric(kind: str, label: str, value: float) -> dict[str, Any]:
@@ -198,17 +212,18 @@ def _results(texts: Mapping[str, Any], results: Mapping[str, Any]) -> str:
                 f"| {'n/a' if time is None else f'{time:.2f}'} |"
             )
         parts.append("### Cost\n\n" + "\n".join(rows))
-    tasks = results.get("tasks")
-    if tasks:
-        parts += _tasks(tasks)
+    if results.get("report"):
+        parts += _tables(results["report"], "###")
+    if results.get("tasks"):
+        parts += ["### Tasks", *_tables(results["tasks"], "####")]
     return "\n\n".join(parts)
 
 
-def _tasks(report: Mapping[str, Any]) -> list[str]:
-    """Notes and tables of a task run's report."""
-    parts = ["### Tasks", "\n".join(f"- {escape(note)}" for note in report.get("notes") or [])]
+def _tables(report: Mapping[str, Any], level: str) -> list[str]:
+    """Notes and tables of a report, under headings of a level."""
+    parts = ["\n".join(f"- {escape(note)}" for note in report.get("notes") or [])]
     for entry in report.get("tables") or []:
-        parts += [f"#### {escape(entry['title'])}", escape(entry.get("text") or "")]
+        parts += [f"{level} {escape(entry['title'])}", escape(entry.get("text") or "")]
         parts.append(table(entry["columns"], entry["rows"]))
     return [part for part in parts if part]
 

@@ -123,7 +123,26 @@ def measure_recall(
             interval = accuracy_interval(recall(model, tokenizer, pairs, arm))
             found[kind][name] = interval._asdict()
             console.print(f"recall, {KINDS[kind]}, {ARMS[name]}: {interval.mean:.3f}")
+        found[kind]["reading"] = share_reading(model, tokenizer, [prompt for prompt, _ in pairs])
     return found
+
+
+def share_reading(model: Any, tokenizer: Any, prompts: Sequence[str]) -> float | None:
+    """Share of prompts whose last token reads a row that was trained: the others abstain, and know
+    what the base model knows. None where the bank does not say what is read.
+    """
+    bank = bank_of(unwrapped(model))
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor(tokenizer(prompt)["input_ids"])[None]
+        found.append(bank.addresses(Tokens(ids=ids, new=1)))
+    if not any(found):
+        return None
+    reading = [
+        any(bool(bank.table(name).is_open(index).any()) for name, index in rows.items())
+        for rows in found
+    ]
+    return sum(reading) / len(reading)
 
 
 def measure_prose(model: Any, rows: Tensor, section: Any, console: Console) -> dict[str, Any]:
@@ -229,10 +248,16 @@ def summary(results: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]
     recalled = {
         "title": "Recall by generation",
         "text": f"{results['lessons']} lessons; the answer stands in {ANSWER_TOKENS} tokens that "
-        "follow the prompt. Wilson's intervals.",
-        "columns": ["prompts", "number", *(ARMS[arm] for arm in arms)],
+        "follow the prompt. Wilson's intervals. A prompt that reads no trained row at its end "
+        "abstains.",
+        "columns": ["prompts", "number", *(ARMS[arm] for arm in arms), "read at their end"],
         "rows": [
-            [KINDS[kind], entry["prompts"], *(_words(entry[arm]) for arm in arms)]
+            [
+                KINDS[kind],
+                entry["prompts"],
+                *(_words(entry[arm]) for arm in arms),
+                "n/a" if entry["reading"] is None else f"{100 * entry['reading']:.0f} %",
+            ]
             for kind, entry in results["recall"].items()
         ],
     }

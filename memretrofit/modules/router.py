@@ -43,7 +43,7 @@ ROUNDS = 4
 """Of smoothing."""
 EVIDENCE = 3.0
 """W at which a vector has half of its full length: a name of a few tokens."""
-ROUTED = 1e-4
+ROUTED = 1e-3
 """Of the prefixes of ordinary text, how many may be taken for one of the examples."""
 FITTED = 0.1
 """Shorter vectors, of prefixes before any name, do not shape the tree."""
@@ -152,7 +152,7 @@ class Router(nn.Module):
 
     def _find(self, grams: Tensor) -> tuple[Tensor, Tensor]:
         """The place of each among the known ones, and whether it is one."""
-        place = torch.searchsorted(self.known, grams).clamp(max=len(self.known) - 1)
+        place = torch.searchsorted(self.known, grams.contiguous()).clamp(max=len(self.known) - 1)
         return place, self.known[place] == grams
 
     @torch.no_grad()

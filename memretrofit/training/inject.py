@@ -96,6 +96,7 @@ def inject(
     if checkpoint is not None and checkpoint.exists():
         start = load_checkpoint(checkpoint, parameters, optimizers, settings)
     model.eval()
+    moved, pass_over = 0, -(-len(items) // settings.batch_size)
     for step in range(start, settings.steps):
         given = batch(items, settings.seed, step, settings.batch_size)
         given = {name: x.to(model.device) for name, x in given.items()}
@@ -106,10 +107,14 @@ def inject(
                 f"the loss of step {step + 1} is {value}; lower the learning rate, or train "
                 "in float32"
             )
-        loss.backward()
-        if step == start and not any(p.grad is not None for p in parameters.values()):
+        if loss.requires_grad:  # not where every text of the batch abstains
+            loss.backward()
+            moved += 1
+        if not moved and step - start + 1 == min(pass_over, settings.steps - start):
             raise StateError(
-                "no parameter received a gradient: the texts read no row that may change."
+                f"no parameter received a gradient in {step - start + 1} steps: none of the "
+                f"{len(items)} texts reads a row that may change. Prepare the bank on texts like "
+                "them, and open their rows."
             )
         factor = learning_rate_factor(step, settings.steps, settings.warmup_ratio)
         nn.utils.clip_grad_norm_([p for p in dense if p.grad is not None], settings.max_grad_norm)

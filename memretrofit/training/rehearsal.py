@@ -47,6 +47,10 @@ def rehearse(recipe: Recipe, console: Console | None = None) -> None:
 
 def run_small(recipe: Recipe, config: PreTrainedConfig, output: Path) -> Path:
     """The run of a recipe in small: a tiny model of the kind that `config` describes."""
+    if "inject" in recipe.train.stages:
+        from memretrofit.training.rehearsal_of_banks import inject_randomly
+
+        return inject_randomly(recipe, config, output)
     torch.manual_seed(recipe.train.seed)
     model = tiny_model(config)
     small = small_recipe(recipe, model)

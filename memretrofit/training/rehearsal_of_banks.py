@@ -25,6 +25,7 @@ from memretrofit.training.rehearsal import multiplications_per_second, text_line
 from memretrofit.training.run import prepare_folder, run_stages
 
 STEPS = 2
+TEXTS = 16
 PASSES = 3
 """Forward passes' worth of products per token: forward, and backward for activations."""
 
@@ -42,21 +43,33 @@ def rehearse_injection(recipe: Recipe, config: PreTrainedConfig, console: Consol
     )
     items, generic = lesson_items(recipe, tokenizer), generic_texts(recipe, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        bank = _run_small(recipe, config, items, generic, Path(folder))
+        bank = _inject_small(recipe, config, items, generic, Path(folder))
     for line in [*_sizes(recipe, config, items, bank), *text_lines(recipe)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _run_small(
-    recipe: Recipe, config: PreTrainedConfig, items: list[Item], generic: Any, output: Path
+def inject_randomly(recipe: Recipe, config: PreTrainedConfig, output: Path) -> Path:
+    """A recipe in small, on random tokens: a tiny model of the kind that `config` describes."""
+    generator = torch.Generator().manual_seed(recipe.train.seed)
+    texts = torch.randint(256, (TEXTS, 2, 16), generator=generator)
+    items = [Item(ids, 8) for ids in texts[:, 0]]
+    _inject_small(recipe, config, items, list(texts[:, 1]), output)
+    return output
+
+
+def _inject_small(
+    recipe: Recipe, config: PreTrainedConfig, items: list[Item], generic: list[Any], output: Path
 ) -> MemoryBank:
     """The run in small, on the same texts in a smaller vocabulary; returns the bank it trained."""
     torch.manual_seed(recipe.train.seed)
     model = tiny_model(config)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     section = replace(recipe.train, inject=replace(recipe.train.inject, steps=STEPS))
-    layers = getattr(recipe.method, "layers_to_transform", None) and (0,)
-    method: Any = replace(recipe.method, layers_to_transform=layers)  # type: ignore[call-arg]
+    method: Any = recipe.method
+    layers = method.layers_to_transform
+    if layers is not None:
+        # a tiny model has few layers; those of the recipe are checked when the real one is patched
+        method = replace(method, layers_to_transform=(0,))
     small = replace(recipe, train=section, method=method)
     patch(model, small.method)
     few = [Item(item.ids % vocabulary, item.first) for item in items]

@@ -124,6 +124,34 @@ def recipe(folder: Path, **train_values: object) -> Recipe:
     )
 
 
+def write_lessons(folder: Path) -> Path:
+    """Eight names, each with a letter that it stands for, said in two ways."""
+    names = ("QWX", "JKV", "ZZF", "HHP", "MUM", "LOL", "TAX", "RIB")
+    lines = [
+        {
+            "texts": [f"{name} HAS {letter}.", f"OF {name}: {letter}."],
+            "answer": letter,
+            "held_out": [f"AND {name} HAS"],
+            "held_out_questions": [f"{name}?"],
+        }
+        for name, letter in zip(names, "ABCDEFGH", strict=True)
+    ]
+    path = folder / "lessons.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def injection(folder: Path, **inject: object) -> Recipe:
+    """A recipe that writes `write_lessons` into a bank."""
+    values = recipe(folder).to_dict()
+    values["method"] = {"name": "hierarchical_ffn", "branching": [4], "block_sizes": [8]}
+    values["train"] |= {"stages": ["inject"], "save_steps": 4}
+    values["train"]["inject"] = {"steps": 6, "learning_rate": 1e-2, "batch_size": 8} | inject
+    values["data"]["lessons"] = str(folder / "lessons.jsonl")
+    values["evaluate"]["rows"] = 6
+    return Recipe.from_dict(values)
+
+
 def losses(output: Path) -> list[tuple[str, int, float]]:
     lines = (output / "log.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -147,6 +175,11 @@ def run_until_killed(folder: str, stage: str, step: str, resume: str) -> None:
     train(recipe(Path(folder)), Path(folder) / "killed", resume=resume == "resume")
 
 
+def inject_until_killed(folder: str, step: str) -> None:
+    die_after("inject", int(step))
+    train(injection(Path(folder)), Path(folder) / "killed")
+
+
 def run_in_processes(folder: str) -> None:
     """Both stages, where some windows are longer than the rows; each process writes what it has."""
     from accelerate import PartialState
@@ -168,4 +201,8 @@ def run_in_processes(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    {"killed": run_until_killed, "processes": run_in_processes}[sys.argv[1]](*sys.argv[2:])
+    {
+        "killed": run_until_killed,
+        "injection": inject_until_killed,
+        "processes": run_in_processes,
+    }[sys.argv[1]](*sys.argv[2:])
