@@ -40,6 +40,12 @@ def inject(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from its last checkpoint.")
     ] = False,
+    compare_lora: Annotated[
+        bool,
+        typer.Option(
+            "--compare-lora", help="Then train LoRA of equal trainable and equal active size."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the lessons; print sizes and time.")
     ] = False,
@@ -70,4 +76,8 @@ def inject(
     from memretrofit.evaluation.bank_report import evaluate_bank
 
     evaluate_bank(output, recipe, output / "report.json")
+    if compare_lora:
+        from memretrofit.evaluation.bank_baselines import add_baselines
+
+        add_baselines(output, recipe, output / "report.json")
     typer.echo(str(output / "report.md"))

@@ -14,6 +14,7 @@ What is held out is asked afterwards and never trained on.
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
@@ -208,6 +209,13 @@ def _pieces(ids: list[int], first: int, length: int) -> list[Item]:
     ]
 
 
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
 def batch(items: Sequence[Item], seed: int, step: int, size: int) -> dict[str, Tensor]:
     """`size` items in the order of epoch `step * size // len(items)`, padded on the right:
     `input_ids`, `attention_mask` and `labels` [B, T]. A function of its arguments alone.
@@ -215,9 +223,7 @@ def batch(items: Sequence[Item], seed: int, step: int, size: int) -> dict[str, T
     chosen = []
     for place in range(step * size, (step + 1) * size):
         epoch, number = divmod(place, len(items))
-        order = list(range(len(items)))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        chosen.append(items[order[number]])
+        chosen.append(items[_order(seed, epoch, len(items))[number]])
     longest = max(len(item.ids) for item in chosen)
     ids = torch.zeros(len(chosen), longest, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)

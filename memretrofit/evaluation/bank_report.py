@@ -20,7 +20,7 @@ from torch import Tensor
 from memretrofit.data import RowDataset, load_documents, split_documents
 from memretrofit.data.lessons import Lesson, read_lessons
 from memretrofit.errors import ConfigError
-from memretrofit.evaluation.likelihood import batches_of, compare_arms
+from memretrofit.evaluation.likelihood import Arm, batches_of, compare_arms
 from memretrofit.evaluation.reader import Reading, read
 from memretrofit.evaluation.scoring import strict_match
 from memretrofit.evaluation.statistics import Interval, accuracy_interval, paired_bootstrap
@@ -47,6 +47,10 @@ KINDS = {
     "trained": "prompts of the training texts",
     "held_out": "held-out phrasings",
     "held_out_questions": "held-out questions",
+}
+BASELINES = {
+    "lora_trainable": "as many trainable parameters",
+    "lora_active": "as many active parameters",
 }
 ANSWER_TOKENS = 8
 """Written after a prompt."""
@@ -119,11 +123,14 @@ def measure_recall(
     found: dict[str, dict[str, Any]] = {}
     for kind, pairs in asked(lessons).items():
         found[kind] = {"prompts": len(pairs)}
-        for name, arm in BATCH_ARMS.items():
+        reading = share_reading(model, tokenizer, [prompt for prompt, _ in pairs])
+        # where hidden states decide what is read, another text's tokens change nothing
+        arms = {n: a for n, a in BATCH_ARMS.items() if n != "misrouted" or reading is not None}
+        for name, arm in arms.items():
             interval = accuracy_interval(recall(model, tokenizer, pairs, arm))
             found[kind][name] = interval._asdict()
             console.print(f"recall, {KINDS[kind]}, {ARMS[name]}: {interval.mean:.3f}")
-        found[kind]["reading"] = share_reading(model, tokenizer, [prompt for prompt, _ in pairs])
+        found[kind]["reading"] = reading
     return found
 
 
@@ -149,16 +156,25 @@ def measure_prose(model: Any, rows: Tensor, section: Any, console: Console) -> d
     """Mean negative log-likelihood of prose [R, T] in every arm, and its rise over the base."""
     inner = unwrapped(model)
     wrong = bank_of(inner).wrong_routes(Tokens(ids=rows[:1], new=rows.shape[1]))
+    arms: dict[str, Arm] = {
+        "base": lambda: memory_disabled(inner),
+        "trained": nullcontext,
+    }
+    if wrong is not None:
+        arms["misrouted"] = lambda: route_pinned(inner, wrong)
+    elif bank_of(inner).addresses(Tokens(ids=rows[:1], new=rows.shape[1])):
+        arms["misrouted"] = lambda: state_shuffled(inner)
+    return measure_prose_arms(model, rows, arms, section, console)
+
+
+def measure_prose_arms(
+    model: Any, rows: Tensor, arms: Mapping[str, Arm], section: Any, console: Console
+) -> dict[str, Any]:
+    """The same for other arms, of which one is `base`."""
     scores = compare_arms(
         model,
         rows,
-        {
-            "base": lambda: memory_disabled(inner),
-            "trained": nullcontext,
-            "misrouted": lambda: (
-                state_shuffled(inner) if wrong is None else route_pinned(inner, wrong)
-            ),
-        },
+        arms,
         teacher=None,
         first_position=0,
         batch_size=section.batch_size,
@@ -201,7 +217,7 @@ def evaluate_bank(directory: Path, recipe: Recipe, output: Path) -> dict[str, An
         CheckpointError: the folder holds no usable memory.
         ConfigError: lessons or prose are missing, or the report cannot be written.
     """
-    from memretrofit.hub import from_pretrained, read_record, tokenizer_of, write_card
+    from memretrofit.hub import from_pretrained, read_record, tokenizer_of
 
     if recipe.data.lessons is None:
         raise ConfigError(f"{directory}: its recipe names no lessons (data.lessons) to ask about")
@@ -218,6 +234,14 @@ def evaluate_bank(directory: Path, recipe: Recipe, output: Path) -> dict[str, An
             ),
             "sizes": sizes(model),
         }
+    write_results(directory, results, output)
+    return results
+
+
+def write_results(directory: Path, results: dict[str, Any], output: Path) -> None:
+    """Write what was measured of a bank, in words too, and its card. See `evaluate_bank`."""
+    from memretrofit.hub import write_card
+
     notes, tables = summary(results)
     results["report"] = {"notes": notes, "tables": tables}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +249,6 @@ def evaluate_bank(directory: Path, recipe: Recipe, output: Path) -> dict[str, An
     write_text(output.with_suffix(".md"), paragraphs([f"# {directory.name}", *_markdown(results)]))
     if output.resolve() == (directory / "report.json").resolve():
         write_card(directory)
-    return results
 
 
 def sizes(model: Any) -> dict[str, int]:
@@ -244,7 +267,7 @@ def sizes(model: Any) -> dict[str, int]:
 
 def summary(results: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
     """What a card and a report say: sentences, and tables as `markdown.table` takes them."""
-    arms = list(ARMS)
+    arms = [arm for arm in ARMS if all(arm in entry for entry in results["recall"].values())]
     recalled = {
         "title": "Recall by generation",
         "text": f"{results['lessons']} lessons; the answer stands in {ANSWER_TOKENS} tokens that "
@@ -266,24 +289,29 @@ def summary(results: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]
         "title": "Prose that nothing was trained on",
         "text": f"{prose['sequences']} rows of {prose['tokens']} tokens.",
         "columns": ["arm", "perplexity", "ratio to base", "rise in nats", "rows without a change"],
-        "rows": [
-            [
-                ARMS[arm],
-                f"{prose[arm]['perplexity']:.3f}",
-                f"{prose[arm]['perplexity_ratio']:.4f}",
-                _words(prose[arm]["rise"], 4),
-                f"{100 * prose[arm]['untouched_sequences']:.1f} %",
-            ]
-            for arm in arms
-            if arm in prose
-        ],
+        "rows": [[ARMS[arm], *_prose_row(prose[arm])] for arm in arms if arm in prose],
     }
     size = results["sizes"]
+    for name, entry in (results.get("baselines") or {}).items():
+        words = f"LoRA, {BASELINES[name]} (rank {entry['rank']})"
+        recalled["columns"].append(words)
+        for row, kind in zip(recalled["rows"], results["recall"], strict=True):
+            row.append(_words(entry["recall"][kind]))
+        forgotten["rows"].append([words, *_prose_row(entry["prose"])])
     notes = [
         f"{size['opened_rows']:,} of {size['rows']:,} rows were trained: "
         f"{size['row_parameters']:,} numbers, and {size['dense_parameters']:,} dense parameters."
     ]
     return notes, [recalled, forgotten]
+
+
+def _prose_row(entry: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{entry['perplexity']:.3f}",
+        f"{entry['perplexity_ratio']:.4f}",
+        _words(entry["rise"], 4),
+        f"{100 * entry['untouched_sequences']:.1f} %",
+    ]
 
 
 def _markdown(results: Mapping[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from memretrofit.hub.record import (
     read_record,
 )
 from memretrofit.hub.remote import download
-from memretrofit.hub.saving import memory_tensors
+from memretrofit.hub.saving import memory_tensors, row_identities
 from memretrofit.hub.tensors import (
     TensorSpec,
+    damaged,
     differences,
     listing,
     read_header,
@@ -87,6 +89,7 @@ def from_pretrained(
         _assign(model, tensors, folder / MEMORY)
         if bank is not None:
             attach_bank(model, bank)
+        _check_rows(model, folder / MEMORY)
         if DELTA in record.files:
             merge_delta(model, folder / DELTA)
         beside = folder == directory and (folder / ADAPTER_CONFIG).is_file()
@@ -139,6 +142,23 @@ def _read_memory(folder: Path, record: Record) -> dict[str, Tensor]:
             "another window use memretrofit.patching.controls.window_override."
         )
     return read_tensors(path)
+
+
+def _check_rows(model: nn.Module, path: Path) -> None:
+    """Refuse to read other rows than those that a bank was saved with: they are no part of it."""
+    wanted = read_header(path).metadata.get("tables")
+    found = row_identities(ledger_of(model))
+    try:
+        saved = json.loads(wanted) if wanted else {}
+    except (ValueError, RecursionError):
+        saved = None
+    if not isinstance(saved, dict):
+        raise damaged(path, "it does not say which rows its tables had")
+    if lines := [f"{name}: {saved.get(name)}" for name in found if found[name] != saved.get(name)]:
+        raise CheckpointError(
+            f"{path} was saved with rows that its method does not make:{listing(lines)}\n"
+            "Pass bank=, the folder in which write_bank wrote them."
+        )
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

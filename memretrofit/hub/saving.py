@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -122,6 +123,13 @@ def memory_tensors(ledger: Ledger) -> dict[str, Tensor]:
     }
 
 
+def row_identities(ledger: Ledger) -> dict[str, str]:
+    """Which rows the tables of a bank learned over; of another memory nothing."""
+    if not isinstance(ledger, BankLedger):
+        return {}
+    return {name: table.source.identity for name, table in ledger.bank.each_table()}
+
+
 def opened_tables(ledger: Ledger) -> dict[str, Table]:
     """The tables of a bank that learned something; of another memory none."""
     if not isinstance(ledger, BankLedger):
@@ -145,7 +153,10 @@ def write_files(
     tokenizer_files = _save_tokenizer(tokenizer, folder)
     # the memory comes first: from then on an adapter beside it is not taken for that of the old one
     files = [MEMORY, *save_adapter(model, folder)]
-    write_tensors(tensors, folder / MEMORY, {"method_sha256": method_hash(method)})
+    metadata = {"method_sha256": method_hash(method)}
+    if sources := row_identities(ledger_of(model)):
+        metadata["tables"] = json.dumps(sources)
+    write_tensors(tensors, folder / MEMORY, metadata)
     if opened := opened_tables(ledger_of(model)):
         save_delta(opened, folder / DELTA)
         files.append(DELTA)

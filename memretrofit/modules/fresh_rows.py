@@ -63,10 +63,10 @@ class FreshRows:
 
     @property
     def identity(self) -> str:
-        """See `RowSource.identity`: the formula."""
+        """See `RowSource.identity`: the formula, whose version is the number after `fresh`."""
         dtype = str(self.dtype).removeprefix("torch.")
         rest = "" if self.blank else f" seed={self.seed} std={self.std!r} zero={self.zero_part}"
-        return f"fresh {self.rows}x{list(self.shape)} {dtype}{rest}"
+        return f"fresh-1 {self.rows}x{list(self.shape)} {dtype}{rest}"
 
     @property
     def blank(self) -> bool:

@@ -82,6 +82,10 @@ class Router(nn.Module):
     """[E] of the input embeddings of ordinary text."""
     threshold: Tensor
     """[]."""
+    evidence: Tensor
+    """[] `EVIDENCE`."""
+    least: Tensor
+    """[] `LEAST`."""
 
     def __init__(
         self,
@@ -100,6 +104,9 @@ class Router(nn.Module):
         self.register_buffer("vectors", torch.empty(0, width))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("threshold", torch.tensor(torch.inf))
+        # what acts when a text is routed is saved with the tree that was fitted with it
+        self.register_buffer("evidence", torch.tensor(EVIDENCE))
+        self.register_buffer("least", torch.tensor(LEAST))
         for level in range(1, len(branching) + 1):
             self.register_buffer(f"numbers_{level}", torch.empty(0, dtype=torch.long))
             self.register_buffer(f"centroids_{level}", torch.empty(0, width))
@@ -131,11 +138,12 @@ class Router(nn.Module):
             each.append(self.vectors.float()[place] * weight[..., None])
         evidence = torch.stack(each).norm(dim=-1, keepdim=True).sum(0).cumsum(1)
         z = torch.stack(each).sum(0).cumsum(1)
-        return z / z.norm(dim=-1, keepdim=True).clamp(min=1e-12) * evidence / (evidence + EVIDENCE)
+        length = evidence / (evidence + self.evidence)
+        return z / z.norm(dim=-1, keepdim=True).clamp(min=1e-12) * length
 
     def _nearest(self, prefixes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         points = self.embed(prefixes, weights)
-        enough = (points.norm(dim=-1) > LEAST) & (prefixes != PAD)
+        enough = (points.norm(dim=-1) > self.least) & (prefixes != PAD)
         nodes = prefixes.new_full((*prefixes.shape, len(self.branching)), -1)
         similarity = points.new_zeros(prefixes.shape)
         if enough.any():

@@ -268,10 +268,10 @@ class Table(nn.Module):
         self.delta, self.delta_index = None, None
 
     def attach(self, source: RowSource) -> None:
-        """Read the same rows from another tier.
+        """Read from another source: the same rows in another tier, or other rows of that shape.
 
         Raises:
-            StateError: they are other rows.
+            StateError: another shape or dtype, or other rows while some are open.
         """
         mine, other = self.source, source
         if (mine.rows, mine.shape, mine.dtype) != (other.rows, other.shape, other.dtype):
@@ -279,6 +279,11 @@ class Table(nn.Module):
                 f"A table of {mine.rows} rows {list(mine.shape)} {mine.dtype} cannot read from a "
                 f"source of {other.rows} rows {list(other.shape)} {other.dtype}. Attach a copy of "
                 "its own rows."
+            )
+        if self.opened and mine.identity != other.identity:
+            raise StateError(
+                f"{self.opened} rows of this table learned over {mine.identity}, and the source "
+                f"holds other rows ({other.identity}). drop() what was learned first."
             )
         self.source, self._hot, self._coming = source, None, None
 

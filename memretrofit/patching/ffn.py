@@ -176,8 +176,13 @@ class _Look:
 
 def _pin(history: History, routes: Tensor | None, rows: int) -> None:
     if routes is not None and routes.ndim == 2:
+        if rows % len(routes):
+            raise StateError(
+                f"{len(routes)} routes were pinned for a batch of {rows} rows. Pin one route "
+                "[depth] for all, or one for each row [B, depth]."
+            )
         # beams are rows beside each other
-        routes = routes.repeat_interleave(max(1, rows // len(routes)), dim=0)
+        routes = routes.repeat_interleave(rows // len(routes), dim=0)
     routes = routes if routes is None else routes.expand(rows, -1)
     if len(history) and not same_routes(history.routes, routes):
         raise StateError(

@@ -41,6 +41,8 @@ class InjectSettings:
     seed: int = 0
     save_steps: int = 50
     """Steps between checkpoints."""
+    fingerprint: str = ""
+    """Of what is learned and where it goes; a checkpoint of another one is refused."""
 
 
 class InjectStep(NamedTuple):

@@ -4,9 +4,11 @@ alone.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -77,6 +79,17 @@ def generic_texts(recipe: Recipe, tokenizer: Any) -> list[Tensor]:
     return list(rows)
 
 
+def _fingerprint(model: PreTrainedModel, items: list[Item]) -> str:
+    """A hash of the texts, and of all that decides which rows they read."""
+    digest = hashlib.sha256()
+    constants = bank_of(model).named_buffers()
+    for name, x in [*((str(item.first), item.ids) for item in items), *constants]:
+        content = x.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype} ".encode())
+        digest.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def run_injection(
     recipe: Recipe,
     model: PreTrainedModel,
@@ -93,6 +106,7 @@ def run_injection(
         warmup_ratio=section.warmup_ratio,
         seed=section.seed,
         save_steps=section.save_steps,
+        fingerprint=_fingerprint(model, items),
     )
 
     def report(step: InjectStep) -> None:

@@ -23,7 +23,6 @@ SMALL = {
     "route_tokens": 6,
     "ngram_orders": (2, 3),
     "table_size": 53,
-    "embedding_dim": 4,
     "num_slots": 49,
     "num_heads": 2,
     "key_dim": 8,
@@ -45,7 +44,9 @@ def _discover() -> dict[str, MethodConfig]:
             continue
         found = {name: _small(info.config_class())}
         found |= {f"{name}-{preset}": _small(c) for preset, c in info.presets.items()}
-        arms |= {arm: c for arm, c in found.items() if c not in arms.values()}
+        for arm, config in found.items():
+            if config not in arms.values():
+                arms[arm] = config
     return arms
 
 

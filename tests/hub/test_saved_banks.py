@@ -19,6 +19,7 @@ from memretrofit import WindowSinksConfig, patch
 from memretrofit.errors import CheckpointError, StateError
 from memretrofit.hub import attach_bank, from_pretrained, merge_delta, save_pretrained, write_bank
 from memretrofit.hub.record import DELTA, MEMORY
+from memretrofit.modules.row_sources import HeldRows
 
 ROWS = torch.stack(EXAMPLES[:2])
 
@@ -83,3 +84,23 @@ def test_a_delta_of_another_bank_is_refused(tmp_path):
     windowed = patch(build("llama"), WindowSinksConfig(sliding_window=8))
     with pytest.raises(StateError, match="about banks"):
         attach_bank(windowed, tmp_path)
+
+
+def test_rows_of_ones_own_are_not_lost_silently(tmp_path):
+    """A bank over rows that its method does not make needs them again, and says so."""
+    model = banked("llama", "token_lookup", opened=False, live=False)
+    (name, table), *_ = bank_of(model).each_table()
+    rows = torch.randn(table.rows, *table.shape, generator=torch.Generator().manual_seed(0))
+    table.attach(HeldRows(rows))
+    expected = one_pass(model, ROWS)
+    save_pretrained(model, tmp_path / "bank")
+    write_bank({name: table.source}, tmp_path / "rows")
+    base = build("llama")
+    with pytest.raises(CheckpointError, match="Pass bank="):
+        from_pretrained(tmp_path / "bank", base=base)
+    assert torch.equal(one_pass(base, ROWS), one_pass(build("llama"), ROWS))
+    found = from_pretrained(tmp_path / "bank", base=base, bank=tmp_path / "rows")
+    assert torch.equal(one_pass(found, ROWS), expected)
+    bank_of(found).table(name).open(torch.tensor([3]))
+    with pytest.raises(StateError, match="drop"):
+        bank_of(found).table(name).attach(HeldRows(rows + 1))

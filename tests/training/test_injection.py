@@ -15,6 +15,7 @@ from training.tiny import base, injection, losses, write_base, write_lessons
 
 from memretrofit.data.lessons import Item
 from memretrofit.errors import CheckpointError, ConfigError, StateError
+from memretrofit.evaluation.bank_baselines import add_baselines
 from memretrofit.evaluation.bank_report import evaluate_bank
 from memretrofit.hub import from_pretrained
 from memretrofit.methods.hierarchical_ffn import HierarchicalFFNConfig
@@ -94,6 +95,21 @@ def test_what_was_learned_is_in_the_rows(folder, learned):
     assert "held-out questions" in (learned / "report.md").read_text()
 
 
+def test_lora_stands_beside_the_bank(folder, learned):
+    """Of both sizes, on the same lessons; the report gets their columns, and the rest stays."""
+    recipe = injection(folder, steps=4)
+    before = evaluate_bank(learned, recipe, learned / "compared.json")
+    results = add_baselines(learned, recipe, learned / "compared.json")
+    assert results["recall"] == before["recall"]
+    ranks = {name: entry["rank"] for name, entry in results["baselines"].items()}
+    assert ranks["lora_trainable"] > ranks["lora_active"] >= 1
+    # two layers of three maps, 32 to 48 wide
+    assert results["baselines"]["lora_active"]["parameters"] == 6 * 80 * ranks["lora_active"]
+    trained = results["sizes"]["row_parameters"]
+    assert abs(results["baselines"]["lora_trainable"]["parameters"] - trained) <= 6 * 80 / 2
+    assert "LoRA, as many active parameters" in (learned / "compared.md").read_text()
+
+
 def test_the_base_is_untouched(learned):
     model = from_pretrained(learned)
     ids = torch.arange(1, 40)[None]
@@ -108,6 +124,17 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(folder, tmp_path, capsys):
     told = capsys.readouterr().out
     for part in ("lessons: 40 texts", "bank hierarchical_ffn: ", "inject: 6 steps", "4 documents"):
         assert part in told
+
+
+def test_a_run_does_not_go_on_with_other_lessons(folder, tmp_path):
+    """An edited line leads to other rows: what was learned must not end up under their numbers."""
+    for name in ("base", "text"):
+        (tmp_path / name).symlink_to(folder / name)
+    path = write_lessons(tmp_path)
+    train(injection(tmp_path), tmp_path / "run")
+    path.write_text(path.read_text().replace("QWX", "QXX"))
+    with pytest.raises(CheckpointError, match="fingerprint"):
+        train(injection(tmp_path), tmp_path / "run", resume=True)
 
 
 def test_broken_lessons_stop_a_run_before_it_begins(folder, tmp_path):
