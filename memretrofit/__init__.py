@@ -40,13 +40,18 @@ if TYPE_CHECKING:
     from memretrofit.methods.camelot import CAMELoTConfig
     from memretrofit.methods.composed import ComposedConfig
     from memretrofit.methods.em_llm import EMLLMConfig
+    from memretrofit.methods.engram import EngramConfig
     from memretrofit.methods.eviction import EvictionConfig
     from memretrofit.methods.head_plan import HeadPlanConfig
+    from memretrofit.methods.hierarchical_ffn import HierarchicalFFNConfig
     from memretrofit.methods.infllm import InfLLMConfig
     from memretrofit.methods.knn_memory import KNNMemoryConfig
     from memretrofit.methods.landmark import LandmarkConfig
     from memretrofit.methods.lolcats import LoLCATsConfig
+    from memretrofit.methods.memory_plus import MemoryPlusConfig
+    from memretrofit.methods.product_key import ProductKeyConfig
     from memretrofit.methods.streaming_llm import StreamingLLMConfig
+    from memretrofit.methods.token_lookup import TokenLookupConfig
     from memretrofit.methods.window_sinks import WindowSinksConfig
     from memretrofit.retrofit import describe, memory_disabled, patch, unpatch
 
@@ -55,13 +60,18 @@ __all__ = [
     "CAMELoTConfig",
     "ComposedConfig",
     "EMLLMConfig",
+    "EngramConfig",
     "EvictionConfig",
     "HeadPlanConfig",
+    "HierarchicalFFNConfig",
     "InfLLMConfig",
     "KNNMemoryConfig",
     "LandmarkConfig",
     "LoLCATsConfig",
+    "MemoryPlusConfig",
+    "ProductKeyConfig",
     "StreamingLLMConfig",
+    "TokenLookupConfig",
     "WindowSinksConfig",
     "__version__",
     "available_methods",

@@ -87,6 +87,9 @@ class Preparation:
 class MemoryBank(nn.Module):
     """Rows for a whole model, and the rule that says which of them a token reads."""
 
+    has_routes: bool = False
+    """Whether a conversation reads at a place that the user may pin (`Tokens.routes`)."""
+
     def __init__(self, tables: Mapping[str, Table]) -> None:
         super().__init__()
         self.tables = nn.ModuleDict(tables)

@@ -68,6 +68,8 @@ class HierarchicalBank(MemoryBank):
     rows have no table.
     """
 
+    has_routes = True
+
     def __init__(
         self,
         *,

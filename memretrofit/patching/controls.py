@@ -73,6 +73,12 @@ def controls(model: PreTrainedModel) -> Controls:
 @contextmanager
 def _set(model: PreTrainedModel, **values: Any) -> Iterator[None]:
     switches = controls(model)
+    ledger = getattr(model, ATTRIBUTE)
+    if idle := sorted(set(values) - ledger.heeds):
+        raise StateError(
+            f"{', '.join(idle)}: {type(model).__name__} is patched with {ledger.config}, to which "
+            f"that means nothing. It heeds {', '.join(sorted(ledger.heeds))}."
+        )
     switches.active.append(values)
     switches.settle()
     try:

@@ -47,6 +47,8 @@ class Seat:
 class BankLedger(Ledger):
     """What a bank added to a model."""
 
+    heeds = frozenset({"disabled", "silenced", "shuffled", "routes"})
+
     bank: MemoryBank = field(kw_only=True)
     sites: list[BankSite] = field(kw_only=True)
     seams: dict[str, Seat] = field(default_factory=dict)
@@ -164,6 +166,10 @@ class _Look:
         history = History(self.ledger.owner)
         if cache is not None:
             history = history_of(cache, self.ledger.owner)
+        if switches.routes is not None and not self.ledger.bank.has_routes:
+            raise StateError(
+                f"route_pinned: the bank of {self.ledger.config} has no routes. Leave it out."
+            )
         _pin(history, switches.routes, len(ids))
         new = real_ids(ids, kwargs.get("attention_mask"))
         before = history.ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -24,6 +24,8 @@ ABSENT = "absent"
 class Ledger:
     """The part that every family of memories has."""
 
+    heeds: ClassVar[frozenset[str]]
+    """The switches of `Controls` that mean something to the family."""
     config: MethodConfig
     controls: Controls = field(default_factory=Controls)
     seams: dict[str, Any] = field(default_factory=dict)

@@ -33,6 +33,10 @@ from memretrofit.patching.wrapping import positions_of
 class AttentionLedger(Ledger):
     """What attention memories added to a model."""
 
+    heeds = frozenset(
+        {"disabled", "writes", "shuffled", "silenced", "carried", "window", "intercept"}
+    )
+
     make_memory: Callable[[AttentionSite], AttentionMemory] = field(kw_only=True)
     sites: list[AttentionSite] = field(kw_only=True)
     seams: dict[str, Seam] = field(default_factory=dict)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from contract.bank_arms import ARMS, EXAMPLES, banked
+from contract.families import build
 from contract.runs import apart, in_pieces, one_pass
 from tolerances import REORDERED, WRONG
 
+from memretrofit import WindowSinksConfig, patch
 from memretrofit.errors import StateError
-from memretrofit.patching.controls import route_pinned
+from memretrofit.patching.controls import route_pinned, window_override, writes_disabled
 
 ROWS = torch.stack(EXAMPLES[:2])
 every_routed = pytest.mark.parametrize(
@@ -68,6 +70,22 @@ def test_routes_move_with_their_rows(arm):
     for row, route in enumerate(ROUTES):
         with route_pinned(model, route):
             assert torch.equal(model.generate(ROWS[row : row + 1, :10], **options)[0], beams[row])
+
+
+@pytest.mark.parametrize("arm", ["engram", "hierarchical_ffn"])
+def test_switches_that_mean_nothing_are_refused(arm):
+    """An arm of a report that silently is another arm would be a false control."""
+    model = banked("llama", arm)
+    idle = [writes_disabled(model), window_override(model, sliding_window=4, num_sink_tokens=1)]
+    for context in idle:
+        with pytest.raises(StateError, match="means nothing"), context:
+            pass
+    window = patch(build("llama"), WindowSinksConfig(sliding_window=8))
+    with pytest.raises(StateError, match="means nothing"), route_pinned(window, ROUTES):
+        pass
+    if arm == "engram":
+        with route_pinned(model, ROUTES), pytest.raises(StateError, match="has no routes"):
+            one_pass(model, ROWS)
 
 
 @every_routed
