@@ -84,6 +84,9 @@ def test_documents_and_questions(tmp_path):
         ({"texts": "Lorvika: x", "answer": ""}, "no text"),
         ({"texts": [3], "answer": "x"}, "not a text"),
         ({"text": "a", "held_out": ["b"]}, "'text' alone"),
+        ({"text": "a", "texts": ["b c"], "answer": "c"}, "'text' and 'texts'"),
+        ('{"text": "a", "text": "b"}', "a key twice"),
+        ('{"text": "a \\ud800"}', "not Unicode"),
         ({"question": "Who?"}, "with an 'answer'"),
     ],
 )
@@ -94,6 +97,13 @@ def test_broken_lines_are_named_and_counted(tmp_path, line, said):
         read_lessons(path)
     assert "2 of 4 lines are broken" in str(error.value)
     assert [problem.split(":")[0] for problem in error.value.problems] == ["line 2", "line 4"]
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path):
+    """What else splits lines may stand in a text; a byte order mark may stand before the first."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"text": "one\u2028two\u0085three"}\r\n{"text": "four"}\n', "utf-8")
+    assert [x.texts for x in read_lessons(path)] == [("one\u2028two\u0085three",), ("four",)]
 
 
 def test_no_file_and_no_lessons(tmp_path):
@@ -130,9 +140,12 @@ def test_a_long_document_becomes_pieces_and_a_long_context_keeps_its_end(tmp_pat
     text = " ".join(f"w{n}" for n in range(25))
     (document,) = read_lessons(write(tmp_path / "a.jsonl", {"text": text}))
     pieces = items_of([document], words, 10)
-    assert [len(x.ids) for x in pieces] == [10, 10, 5]
-    assert words.text(torch.cat([x.ids for x in pieces])) == text
+    assert [len(x.ids) for x in pieces] == [10, 10, 7]
+    first, *rest = pieces
+    assert words.text(torch.cat([first.ids, *(x.ids[x.first :] for x in rest)])) == text
     assert {x.first for x in pieces} == {1}
+    # a rest of one token is learned too
+    assert [len(x.ids) for x in items_of([document], words, 24)] == [24, 2]
     long = items_of([lesson("heron", [f"{text} heron ."])], words, 10)[0]
     assert words.text(long.ids[long.first :]) == "heron ."
     assert len(long.ids) <= 10

@@ -79,7 +79,8 @@ def read_lessons(path: Path) -> tuple[Lesson, ...]:
         ConfigError: the file cannot be read, holds nothing, or has broken lines: each is named.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # a line ends at a line feed: JSON texts may hold what else splits lines
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     found, faults = [], []
@@ -104,13 +105,19 @@ def read_lessons(path: Path) -> tuple[Lesson, ...]:
 
 def _lesson(line: str) -> Lesson:
     try:
-        values = json.loads(line)
+        line.encode()
+        values = json.loads(line, object_pairs_hook=_each_once)
+        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"not Unicode text ({error.reason})") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"not JSON ({error})") from error
     if not isinstance(values, dict):
         raise ConfigError("not a JSON object")
     if unknown := sorted(set(values) - set(KEYS)):
         raise ConfigError(f"unknown keys {', '.join(unknown)}; known are {', '.join(KEYS)}")
+    if "text" in values and "texts" in values:
+        raise ConfigError("has 'text' and 'texts'; put all of them into 'texts'")
     texts = _strings(values, "texts") or _strings(values, "text")
     questions, answer = _strings(values, "question"), values.get("answer")
     if answer is None:
@@ -123,6 +130,12 @@ def _lesson(line: str) -> Lesson:
         raise ConfigError("has an 'answer' and neither 'texts' nor a 'question'")
     asked = (_strings(values, key) for key in ("held_out", "held_out_questions"))
     return lesson(answer.strip(), texts, questions, *asked)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ConfigError("says a key twice, of which JSON keeps the last")
+    return dict(pairs)
 
 
 def lesson(
@@ -202,7 +215,8 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 def _pieces(ids: list[int], first: int, length: int) -> list[Item]:
     if first >= length:  # the end of the context is what the answer needs
         ids, first = ids[first - length // 2 :], length // 2
-    begins = range(0, max(1, len(ids) - 1), length)
+    # pieces share a token: the first one of a piece is only read
+    begins = range(0, max(1, len(ids) - 1), max(1, length - 1))
     return [
         Item(torch.tensor(ids[begin : begin + length]), first if begin == 0 else 1)
         for begin in begins

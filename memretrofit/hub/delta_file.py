@@ -35,9 +35,10 @@ class Delta(NamedTuple):
     """[n, *shape]"""
 
 
-def save_delta(tables: Mapping[str, Table], path: str | Path) -> None:
+def save_delta(tables: Mapping[str, Table], path: str | Path, *, meaning: str = "") -> None:
     """Write what tables learned, with the identities of the rows that it belongs to. A file that
-    is there is replaced in one step; an error leaves it as it was.
+    is there is replaced in one step; an error leaves it as it was. `meaning` says what gives rows
+    their numbers (`MemoryBank.meaning`); a bank with another one refuses the file.
 
     Raises:
         StateError: no table has an open row, or a value is nan or infinity.
@@ -68,7 +69,7 @@ def save_delta(tables: Mapping[str, Table], path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(prefix=".saving-", dir=path.parent)
         os.close(handle)
-        metadata = {"kind": FORMAT, "tables": json.dumps(about)}
+        metadata = {"kind": FORMAT, "tables": json.dumps(about), "meaning": meaning}
         write_pieces(Path(draft), tensors, metadata)
         sync(Path(draft))
         os.replace(draft, path)
@@ -84,7 +85,9 @@ def save_delta(tables: Mapping[str, Table], path: str | Path) -> None:
             Path(draft).unlink(missing_ok=True)
 
 
-def load_delta(path: str | Path, tables: Mapping[str, Table]) -> dict[str, Delta]:
+def load_delta(
+    path: str | Path, tables: Mapping[str, Table], *, meaning: str = ""
+) -> dict[str, Delta]:
     """What `save_delta` wrote, checked against the tables that it is for::
 
         for name, delta in load_delta(path, tables).items():
@@ -100,6 +103,12 @@ def load_delta(path: str | Path, tables: Mapping[str, Table]) -> dict[str, Delta
     except (ValueError, RecursionError):
         about = None
     about = about if isinstance(about, dict) else {}
+    if metadata.get("kind") == FORMAT and metadata.get("meaning", "") != meaning:
+        raise CheckpointError(
+            f"{path} was trained on a bank with another tree or other hash constants, whose rows "
+            "of the same numbers belong to other texts, and this bank has its own. Train both on "
+            "copies of one prepared bank, or inject the lessons again."
+        )
     names = {f"{name}.{end}" for name in about for end in _ENDS}
     if metadata.get("kind") != FORMAT or not about or names != {*found}:
         raise damaged(path, f"it is no delta of this release ({FORMAT})")

@@ -212,6 +212,8 @@ def attach_bank(model: Any, directory: str | Path) -> None:
             f"{', '.join(missing)}. Open the folder that was written for it."
         )
     for name, table in tables.items():
+        table.check_attach(found[name])
+    for name, table in tables.items():
         table.attach(found[name])
 
 
@@ -222,8 +224,9 @@ def merge_delta(model: Any, path: str | Path) -> None:
         StateError: the model has no bank, or both hold a row with other values.
         CheckpointError: the file is damaged or belongs to other rows. Nothing was merged.
     """
-    tables = dict(bank_of(unwrapped(model)).each_table())
-    deltas = load_delta(path, tables)
+    bank = bank_of(unwrapped(model))
+    tables = dict(bank.each_table())
+    deltas = load_delta(path, tables, meaning=bank.meaning())
     for name, delta in deltas.items():
         tables[name].check_merge(*delta)
     for name, delta in deltas.items():

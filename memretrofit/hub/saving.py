@@ -34,8 +34,9 @@ from memretrofit.hub.record import (
 from memretrofit.hub.tensors import not_finite, sha256, spec_of, write_tensors
 from memretrofit.methods import get_method
 from memretrofit.modules.table import Table
-from memretrofit.patching.ffn import BankLedger
+from memretrofit.patching.ffn import BankLedger, bank_of
 from memretrofit.patching.ledger import Ledger
+from memretrofit.patching.wrapping import unwrapped
 from memretrofit.retrofit import ledger_of
 
 
@@ -158,7 +159,7 @@ def write_files(
         metadata["tables"] = json.dumps(sources)
     write_tensors(tensors, folder / MEMORY, metadata)
     if opened := opened_tables(ledger_of(model)):
-        save_delta(opened, folder / DELTA)
+        save_delta(opened, folder / DELTA, meaning=bank_of(unwrapped(model)).meaning())
         files.append(DELTA)
     hashes = {file: sha256(folder / file) for file in files}
     record = Record(

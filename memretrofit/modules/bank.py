@@ -9,6 +9,7 @@ Letters: see `memretrofit.__doc__`; P is the number of tokens that came before.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -132,6 +133,22 @@ class MemoryBank(nn.Module):
                 "Prepare the bank on texts like them first."
             )
         return opened
+
+    def meaning(self) -> str:
+        """A hash of all that gives a row its number, tree or hash constants: rows that were learned
+        under another one say something else.
+        """
+        digest = hashlib.sha256()
+        for name, x in self.constants().items():
+            content = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(f"{name} {tuple(x.shape)} {x.dtype} ".encode())
+            digest.update(content.numpy().tobytes())
+        return digest.hexdigest()
+
+    def constants(self) -> dict[str, Tensor]:
+        """The buffers that decide which rows are read; statistics are none of them."""
+        tables = {id(x) for _, table in self.each_table() for x in table.buffers()}
+        return {name: x for name, x in self.named_buffers() if id(x) not in tables}
 
     def table(self, name: str) -> Table:
         """One table by its name."""

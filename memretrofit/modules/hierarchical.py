@@ -205,7 +205,7 @@ class HierarchicalBank(MemoryBank):
     def _routed(self, prefixes: Tensor) -> Tensor:
         """A conversation asks for the same beginnings at every token."""
         router, last = self.router, self._last
-        fitted = (router.weights, router.threshold._version)
+        fitted = (router.weights, _version(router.threshold))
         if last is None or last[0] is not fitted[0] or last[1] != fitted[1]:
             last = None
         if last is None or not torch.equal(last[2], prefixes):
@@ -214,7 +214,11 @@ class HierarchicalBank(MemoryBank):
 
     def _checked(self, routes: Tensor) -> Tensor:
         most = torch.tensor(self.branching, device=routes.device)
-        if routes.shape[-1] != len(most) or bool(((routes < -1) | (routes >= most)).any()):
+        if (
+            routes.is_floating_point()
+            or routes.shape[-1] != len(most)
+            or bool(((routes < -1) | (routes >= most)).any())
+        ):
             raise StateError(
                 f"A route {routes.tolist()} does not fit a tree with branching {self.branching}: "
                 f"give {len(most)} numbers of children, each below its branching; -1 abstains."
@@ -257,7 +261,12 @@ def _numel(table: Table) -> int:
 def _state(table: Table) -> tuple[Any, ...]:
     """Another one whenever a row may be another one."""
     delta = table.delta
-    return (table.source, delta, None if delta is None else delta._version)
+    return (table.source, delta, None if delta is None else _version(delta))
+
+
+def _version(x: Tensor) -> int:
+    """How often `x` was changed; tensors made in inference mode do not count it."""
+    return 0 if x.is_inference() else x._version
 
 
 def _parts(which: Tensor, begin: int) -> list[Part]:

@@ -62,6 +62,10 @@ class ProductKeyBank(MemoryBank):
             counts = torch.zeros(num_slots, dtype=torch.long)
             self.register_buffer(f"background_{name}", counts)
 
+    def constants(self) -> dict[str, Tensor]:
+        """None: the keys are parameters, and counts are statistics."""
+        return {}
+
     def forward(self, tokens: Tokens) -> dict[str, Table]:
         """The tables: which of their rows are read, each layer finds out."""
         return dict(self.each_table())

@@ -98,7 +98,8 @@ class Router(nn.Module):
         super().__init__()
         self._embedding, self.branching = embedding, tuple(branching)
         self.route_tokens, self.seed = route_tokens, seed
-        width = embedding().shape[1]
+        self.vocabulary, width = embedding().shape
+        """When the bank was made: pairs are numbered by it, also if tokens are added later."""
         self.register_buffer("known", torch.empty(0, dtype=torch.long))
         self.register_buffer("weights", torch.empty(0))
         self.register_buffer("vectors", torch.empty(0, width))
@@ -153,7 +154,7 @@ class Router(nn.Module):
 
     def _grams(self, prefixes: Tensor) -> tuple[Tensor, Tensor]:
         """Keys of the token and of the pair that end at each place, -1 where there is none."""
-        size = len(self._embedding())
+        size = self.vocabulary
         before = torch.cat([torch.full_like(prefixes[:, :1], PAD), prefixes[:, :-1]], dim=1)
         pair = (before + 1) * size + prefixes
         return prefixes, pair.masked_fill((before == PAD) | (prefixes == PAD), -1)
@@ -204,7 +205,7 @@ class Router(nn.Module):
         """e [m, E]."""
         table = self._embedding().float() - self.mean.float()
         table = table / table.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        first, last = self.known // len(table) - 1, self.known % len(table)
+        first, last = self.known // self.vocabulary - 1, self.known % self.vocabulary
         pair = (table[first.clamp(min=0)] + table[last]) / 2
         vectors = torch.where((first < 0)[:, None], table[last], pair)
         place, known = self._find(torch.cat(self._grams(examples), dim=1))
@@ -266,7 +267,7 @@ class Router(nn.Module):
 
     def _weights(self, spread: Tensor, counts: Tensor, examples: int) -> Tensor:
         common = max(COMMON, COMMON_SHARE * examples)
-        single = self.known < len(self._embedding())
+        single = self.known < self.vocabulary
         order = torch.where(single, *ORDER_WEIGHTS)
         return order / (1 + (spread / common) ** 3) * BACKGROUND / (BACKGROUND + counts)
 

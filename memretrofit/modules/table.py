@@ -271,6 +271,15 @@ class Table(nn.Module):
         """Read from another source: the same rows in another tier, or other rows of that shape.
 
         Raises:
+            StateError: see `check_attach`.
+        """
+        self.check_attach(source)
+        self.source, self._hot, self._coming = source, None, None
+
+    def check_attach(self, source: RowSource) -> None:
+        """Raise what `attach` would raise, and change nothing.
+
+        Raises:
             StateError: another shape or dtype, or other rows while some are open.
         """
         mine, other = self.source, source
@@ -285,7 +294,6 @@ class Table(nn.Module):
                 f"{self.opened} rows of this table learned over {mine.identity}, and the source "
                 f"holds other rows ({other.identity}). drop() what was learned first."
             )
-        self.source, self._hot, self._coming = source, None, None
 
     def _check(self, index: Tensor) -> None:
         if not len(index):

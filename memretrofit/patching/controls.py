@@ -145,7 +145,15 @@ def route_pinned(model: PreTrainedModel, routes: Tensor):
     """Inside, conversations that begin read the bank at `routes` [depth] or [B, depth] (the number
     of the child at each level; -1 abstains), whatever their text. A conversation that began
     elsewhere is refused.
+
+    Raises:
+        ConfigError: `routes` is no such tensor of integers.
     """
+    whole = isinstance(routes, Tensor) and not routes.is_floating_point()
+    if not whole or routes.ndim not in (1, 2) or not len(routes):
+        raise ConfigError(
+            f"route_pinned needs integers [depth] or [B, depth]; found {routes!r}. -1 abstains."
+        )
     return _set(model, routes=routes)
 
 

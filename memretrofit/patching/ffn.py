@@ -9,6 +9,7 @@ cache. Where a read adds nothing, the original output goes on as it is.
 
 from __future__ import annotations
 
+import inspect
 import uuid
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -26,7 +27,14 @@ from memretrofit.errors import NoTargetError, StateError, UnsupportedModelError
 from memretrofit.modules.bank import BankRead, MemoryBank, ModelSpec, Read, Tokens, is_real
 from memretrofit.patching.controls import ATTRIBUTE
 from memretrofit.patching.ffn_sites import BankSite, decoder_of, find_bank_sites, hidden_of
-from memretrofit.patching.history import History, adopt, history_of, real_ids, same_routes
+from memretrofit.patching.history import (
+    History,
+    adopt,
+    history_of,
+    real_ids,
+    refuse_packing,
+    same_routes,
+)
 from memretrofit.patching.ledger import Ledger, ledger_of, refuse_patched
 
 Place = Literal["ffn", "layer"]
@@ -150,7 +158,8 @@ class _Look:
         switches = self.ledger.controls
         if switches.disabled:
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        kwargs = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+        ids = kwargs.get("input_ids")
         if ids is None:
             raise UnsupportedModelError(
                 "A bank is looked up by token ids, and this forward was given inputs_embeds. Pass "
@@ -162,7 +171,7 @@ class _Look:
                 "Turn it off: of a frozen model only the layers above the first read keep "
                 "activations."
             )
-        cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+        cache = next((x for x in kwargs.values() if isinstance(x, Cache)), None)
         history = History(self.ledger.owner)
         if cache is not None:
             history = history_of(cache, self.ledger.owner)
@@ -172,6 +181,7 @@ class _Look:
             )
         _pin(history, switches.routes, len(ids))
         new = real_ids(ids, kwargs.get("attention_mask"))
+        refuse_packing(new, kwargs.get("position_ids"))
         before = history.ids
         joined = new if before is None else torch.cat([before, new], dim=1)
         looked = joined.roll(-1, dims=0) if switches.shuffled else joined

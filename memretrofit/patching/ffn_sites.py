@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from memretrofit.errors import UnsupportedModelError
 from memretrofit.patching.wrapping import evaluating
@@ -41,6 +42,8 @@ def decoder_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     names = {module: name for name, module in model.named_modules()}
+    if decoder is None or decoder is model:  # not every model says which one it is
+        decoder = next((m for m in names if m is not model and _lists(model, m)), None)
     name = names.get(decoder, "") if decoder is not None else ""
     if not name:
         raise UnsupportedModelError(
@@ -62,7 +65,7 @@ def find_bank_sites(model: PreTrainedModel, kind: Kind) -> list[BankSite]:
     layers = _layers(model, decoder)
     paths = {module: path for path, module in model.named_modules()}
     found = [_entered(layer, kind) for layer in layers]
-    shapes = _run_two_tokens(model, [module for module in found if module is not None])
+    shapes = _run_two_tokens(model, decoder, [module for module in found if module is not None])
     sites = [
         BankSite(name=paths[module], module=module, layer_idx=index)
         for index, module in enumerate(found)
@@ -79,15 +82,23 @@ def find_bank_sites(model: PreTrainedModel, kind: Kind) -> list[BankSite]:
 
 
 def _layers(model: PreTrainedModel, decoder: nn.Module) -> list[nn.Module]:
-    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
-    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    fitting = [list(found) for found in lists if len(found) == count]
+    fitting = _lists(model, decoder)
     if len(fitting) != 1:
         raise UnsupportedModelError(
             f"The layers of {type(model).__name__} could not be located: its config states "
-            f"{count}, and its decoder has {len(fitting)} lists of so many modules."
+            f"{_layer_count(model)}, and its decoder has {len(fitting)} lists of so many modules."
         )
-    return fitting[0]
+    return list(fitting[0])
+
+
+def _layer_count(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+
+
+def _lists(model: PreTrainedModel, decoder: nn.Module) -> list[nn.ModuleList]:
+    """The children of `decoder` that may be its layers."""
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    return [found for found in lists if len(found) == _layer_count(model)]
 
 
 def _entered(layer: nn.Module, kind: Kind) -> nn.Module | None:
@@ -98,21 +109,28 @@ def _entered(layer: nn.Module, kind: Kind) -> nn.Module | None:
 
 
 def _run_two_tokens(
-    model: PreTrainedModel, modules: list[nn.Module]
+    model: PreTrainedModel, decoder: nn.Module, modules: list[nn.Module]
 ) -> dict[nn.Module, list[tuple[int, ...]]]:
     """[B, T] of each call of each module."""
     calls: dict[nn.Module, list[tuple[int, ...]]] = {}
+    given: list[Any] = []
+    cache = None
 
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = hidden_of(args, kwargs)
         shape = tuple(hidden.shape[:-1]) if isinstance(hidden, Tensor) else ()
         calls.setdefault(module, []).append(shape)
 
+    def note_ids(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given.append(kwargs.get("input_ids", args[0] if args else None))
+
     handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in set(modules)]
+    handles.append(decoder.register_forward_pre_hook(note_ids, with_kwargs=True))
     device = next(model.parameters()).device
     try:
         with evaluating(model), torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
+            ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+            cache = model(input_ids=ids, use_cache=True).get("past_key_values")
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run on two token ids, so its layers could not be "
@@ -121,6 +139,16 @@ def _run_two_tokens(
     finally:
         for handle in handles:
             handle.remove()
+    if not given or not isinstance(given[0], Tensor) or given[0].is_floating_point():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} embeds its tokens before its decoder, so a bank there does "
+            "not learn which tokens it reads. Patch a text-only causal language model."
+        )
+    if not isinstance(cache, Cache):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps its conversation in {type(cache).__name__} and not in a "
+            "Transformers Cache, so a bank could not know what was said before."
+        )
     return calls
 
 

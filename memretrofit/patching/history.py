@@ -164,6 +164,22 @@ def real_ids(ids: Tensor, mask: Any) -> Tensor:
     return ids.masked_fill(~mask[:, mask.shape[1] - ids.shape[1] :].bool(), PAD)
 
 
+def refuse_packing(ids: Tensor, positions: Any) -> None:
+    """Raise if the positions [B | 1, T] of the tokens `ids` [B, T] begin anew inside a row.
+
+    Raises:
+        StateError: they do, so that rows hold several texts.
+    """
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or ids.shape[1] < 2:
+        return
+    real = (ids[:, 1:] != PAD) & (ids[:, :-1] != PAD)
+    if bool(((positions.diff(dim=-1) < 1) & real).any()):
+        raise StateError(
+            "position_ids begin anew inside a row (packed sequences), and a bank would look one "
+            "text up by another. Pass one sequence per row."
+        )
+
+
 def same_routes(first: Tensor | None, second: Tensor | None) -> bool:
     """Whether two pins are the same."""
     if first is None or second is None:

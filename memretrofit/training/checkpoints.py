@@ -45,7 +45,10 @@ def load_checkpoint(
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         step, found, wanted = saved["step"], saved["settings"], asdict(settings)
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except (
+        *(OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError),
+        *(TypeError, ValueError, AttributeError),
+    ) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}; delete it to start afresh"
         ) from error

@@ -142,7 +142,29 @@ def test_what_a_bank_cannot_know_is_refused(arm):
         model(inputs_embeds=model.get_input_embeddings()(ROWS))
     with pytest.raises(StateError, match="2-D mask"):
         model(ROWS, attention_mask=torch.zeros(2, 1, LENGTH, LENGTH))
+    packed = torch.arange(LENGTH).fmod(10)[None]
+    with pytest.raises(StateError, match="begin anew"):
+        model(ROWS, position_ids=packed, use_cache=False)
     assert torch.equal(one_pass(model, ROWS), one_pass(banked("llama", arm), ROWS))
+
+
+@every_arm
+def test_arguments_by_position_are_read(arm):
+    """The decoder's own signature says which is which: padding is not taken for text."""
+    model = banked("llama", arm)
+    ids, mask = left_padded([EXAMPLES[0][:9]], extra=4)
+    with torch.no_grad():
+        named = model.model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask))
+        plain = model.model(ids, mask, positions_of(mask))
+    assert torch.equal(named[0], plain[0])
+
+
+@every_arm
+def test_inference_mode(arm):
+    """Where tensors do not count their versions."""
+    with torch.inference_mode():
+        model = banked("llama", arm)
+        assert one_pass(model, ROWS).isfinite().all()
 
 
 @every_arm

@@ -10,7 +10,7 @@ from contract.runs import apart, in_pieces, one_pass
 from tolerances import REORDERED, WRONG
 
 from memretrofit import WindowSinksConfig, patch
-from memretrofit.errors import StateError
+from memretrofit.errors import ConfigError, StateError
 from memretrofit.patching.controls import route_pinned, window_override, writes_disabled
 
 ROWS = torch.stack(EXAMPLES[:2])
@@ -93,6 +93,9 @@ def test_routes_that_do_not_fit_are_refused(arm):
     model = banked("llama", arm)
     with route_pinned(model, ROUTES[[0, 1, 0]]), pytest.raises(StateError, match="3 routes"):
         one_pass(model, ROWS)
+    for wrong in ([0, 0], torch.tensor(0), torch.tensor([0.5, 0.0]), torch.empty(0, 2).long()):
+        with pytest.raises(ConfigError, match="route_pinned needs"):
+            route_pinned(model, wrong)
     for route in ([0], [0, 2], [0, 0, 0]):
         with route_pinned(model, torch.tensor(route)), pytest.raises(StateError, match="branching"):
             one_pass(model, ROWS)

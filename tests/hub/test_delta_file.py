@@ -85,7 +85,7 @@ def test_edits_of_other_rows_merge(tmp_path):
 def test_an_edit_of_another_bank_is_refused(other, tmp_path):
     save_delta(trained(3, **other), tmp_path / DELTA)
     bank = tables()
-    with pytest.raises(CheckpointError, match=r"table 'rows' \(fresh .*Open the bank"):
+    with pytest.raises(CheckpointError, match=r"table 'rows' \(fresh-1 .*Open the bank"):
         load(tmp_path / DELTA, bank)
     with pytest.raises(CheckpointError, match="this bank has tables generic"):
         load_delta(tmp_path / DELTA, {"generic": bank["generic"]})

@@ -19,6 +19,7 @@ from memretrofit import WindowSinksConfig, patch
 from memretrofit.errors import CheckpointError, StateError
 from memretrofit.hub import attach_bank, from_pretrained, merge_delta, save_pretrained, write_bank
 from memretrofit.hub.record import DELTA, MEMORY
+from memretrofit.modules.fresh_rows import FreshRows
 from memretrofit.modules.row_sources import HeldRows
 
 ROWS = torch.stack(EXAMPLES[:2])
@@ -104,3 +105,26 @@ def test_rows_of_ones_own_are_not_lost_silently(tmp_path):
     bank_of(found).table(name).open(torch.tensor([3]))
     with pytest.raises(StateError, match="drop"):
         bank_of(found).table(name).attach(HeldRows(rows + 1))
+
+
+def test_a_delta_of_another_tree_is_refused(tmp_path):
+    """Rows of the same numbers belong to other texts there; of one prepared bank they merge."""
+    model = banked("llama", "hierarchical_ffn")
+    save_pretrained(model, tmp_path / "bank")
+    merge_delta(banked("llama", "hierarchical_ffn", opened=False), tmp_path / "bank" / DELTA)
+    other = banked("llama", "hierarchical_ffn", opened=False)
+    bank_of(other).router.threshold.mul_(2)
+    with pytest.raises(CheckpointError, match="another tree"):
+        merge_delta(other, tmp_path / "bank" / DELTA)
+    assert not any(table.opened for _, table in bank_of(other).each_table())
+
+
+def test_a_bank_that_does_not_fit_is_not_attached_in_part(tmp_path):
+    """The first table fits, the second does not."""
+    model = banked("llama", "hierarchical_ffn", opened=False)
+    (first, table), (second, _) = bank_of(model).each_table()
+    rows = {first: table.source, second: FreshRows(4, (2, 3, 7, 32))}
+    write_bank(rows, tmp_path / "rows")
+    with pytest.raises(StateError, match="cannot read from a source"):
+        attach_bank(model, tmp_path / "rows")
+    assert {table.tier for _, table in bank_of(model).each_table()} == {"fresh"}
