@@ -1,4 +1,4 @@
-"""Where a bank enters a model: mixtures of experts, tuples, flattened outputs, and what is refused."""
+"""Where a bank enters a model: experts, tuples, flattened outputs, and what is refused."""
 
 from __future__ import annotations
 
