@@ -135,6 +135,20 @@ def test_items_learn_the_answer_and_what_follows():
     ]
 
 
+def test_a_text_begins_as_a_prompt_does():
+    """Where the tokenizer puts a token before a text, what is learned has it too, once."""
+
+    class Begun(Words):
+        def __call__(self, text: str, add_special_tokens: bool = True, **_: object):
+            ids = super().__call__(text)["input_ids"]
+            return {"input_ids": [99, *ids] if add_special_tokens else ids}
+
+    one = lesson("heron", ["Lorvika has a heron."])
+    for item in items_of([one], Begun(), 100):
+        assert item.ids[0] == 99
+        assert 99 not in item.ids[1:]
+
+
 def test_a_long_document_becomes_pieces_and_a_long_context_keeps_its_end(tmp_path):
     words = Words()
     text = " ".join(f"w{n}" for n in range(25))

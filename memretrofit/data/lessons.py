@@ -202,14 +202,12 @@ def items_of(lessons: Sequence[Lesson], tokenizer: Any, length: int) -> list[Ite
                 (frame.format(subject=subject, context=one.contexts[0]), "") for frame in FRAMES
             ]
         for context, ending in pairs:
-            before = _encode(tokenizer, context)
-            ids = before + _encode(tokenizer, f"{one.answer}{ending}")
+            # begun as prompts are: with the token that the tokenizer puts before a text, if any
+            before = tokenizer(context)["input_ids"]
+            answer = tokenizer(f"{one.answer}{ending}", add_special_tokens=False)["input_ids"]
+            ids = before + answer
             found += _pieces(ids, max(1, len(before)), length)
     return found
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _pieces(ids: list[int], first: int, length: int) -> list[Item]:
