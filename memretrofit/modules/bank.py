@@ -161,6 +161,21 @@ class MemoryBank(nn.Module):
         return ((name, self.table(name)) for name in self.tables)
 
 
+@dataclass(eq=False)
+class InputEmbedding:
+    """The input embeddings [V, E] of the model that a bank stands beside. A value, not a closure: a
+    copied model's bank reads the copy's, and a model with a bank can be pickled.
+    """
+
+    module: nn.Module
+
+    def __call__(self) -> Tensor:
+        """The weights as they are now, without gradient."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """What a bank must know of the model that it stands beside."""

@@ -24,7 +24,15 @@ from transformers.cache_utils import Cache
 
 from memretrofit.config import MethodConfig
 from memretrofit.errors import NoTargetError, StateError, UnsupportedModelError
-from memretrofit.modules.bank import BankRead, MemoryBank, ModelSpec, Read, Tokens, is_real
+from memretrofit.modules.bank import (
+    BankRead,
+    InputEmbedding,
+    MemoryBank,
+    ModelSpec,
+    Read,
+    Tokens,
+    is_real,
+)
 from memretrofit.patching.controls import ATTRIBUTE
 from memretrofit.patching.ffn_sites import BankSite, decoder_of, find_bank_sites, hidden_of
 from memretrofit.patching.history import (
@@ -304,7 +312,7 @@ def _spec(model: PreTrainedModel, count: int, layers: tuple[int, ...]) -> ModelS
         num_layers=count,
         layers=layers,
         activation=ACT2FN[name] if isinstance(name, str) else nn.SiLU(),
-        embedding=lambda: embedding.weight.detach(),
+        embedding=InputEmbedding(embedding),
         dtype=embedding.weight.dtype,
     )
 

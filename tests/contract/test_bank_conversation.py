@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -109,6 +110,19 @@ def test_a_copied_conversation_goes_its_own_way(arm):
         cache.reset()
         again = model(ROWS, past_key_values=cache).logits
     assert apart(again, one_pass(model, ROWS)) < REORDERED
+
+
+@every_arm
+def test_a_copied_model_stands_alone(arm):
+    """It reads its own embeddings and rows, by deepcopy and through a pickle."""
+    for twinned in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        model = banked("llama", arm)
+        expected = one_pass(model, ROWS)
+        twin = twinned(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert torch.equal(one_pass(twin, ROWS), expected)
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}])
