@@ -33,8 +33,8 @@ from memretrofit.patching.ffn import bank_of
 from memretrofit.patching.ffn_sites import find_bank_sites
 from memretrofit.recipe import Recipe
 from memretrofit.retrofit import unpatch
-from memretrofit.training.inject import InjectSettings, inject
-from memretrofit.training.injection import lesson_items
+from memretrofit.training.inject import inject
+from memretrofit.training.injection import inject_settings, lesson_items
 
 LEARNING_RATE = 3e-4
 """Of Adam, at its peak: a tenth of what rows take, as is usual for LoRA."""
@@ -94,15 +94,7 @@ def compare_lora(
     wrapped: Any = add_adapter(model, config)
     try:
         parameters = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
-        section = recipe.train
-        settings = InjectSettings(
-            steps=section.inject.steps,
-            batch_size=section.inject.batch_size,
-            learning_rate=LEARNING_RATE,
-            warmup_ratio=section.warmup_ratio,
-            seed=section.seed,
-            save_steps=section.save_steps,
-        )
+        settings = inject_settings(recipe.train, learning_rate=LEARNING_RATE)
         console.print(f"LoRA of rank {rank}: {sum(p.numel() for p in parameters.values()):,}")
         inject(wrapped, parameters, items, settings, checkpoint=checkpoint)
         with torch.no_grad():

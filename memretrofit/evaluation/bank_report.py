@@ -36,6 +36,7 @@ from memretrofit.patching.controls import (
 from memretrofit.patching.ffn import bank_of
 from memretrofit.patching.wrapping import unwrapped
 from memretrofit.recipe import Recipe
+from memretrofit.retrofit import memory_parameters
 
 ARMS = {
     "base": "the base model",
@@ -256,12 +257,13 @@ def sizes(model: Any) -> dict[str, int]:
     bank = bank_of(unwrapped(model))
     tables = [table for _, table in bank.each_table()]
     deltas = [table.delta for table in tables if table.delta is not None]
-    dense = sum(p.numel() for p in bank.parameters()) - sum(p.numel() for p in deltas)
+    learned = sum(p.numel() for p in memory_parameters(unwrapped(model)).values())
+    row_parameters = sum(p.numel() for p in deltas)
     return {
         "rows": sum(table.rows for table in tables),
         "opened_rows": sum(table.opened for table in tables),
-        "row_parameters": sum(p.numel() for p in deltas),
-        "dense_parameters": dense,
+        "row_parameters": row_parameters,
+        "dense_parameters": learned - row_parameters,
     }
 
 

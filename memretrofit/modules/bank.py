@@ -10,7 +10,7 @@ Letters: see `memretrofit.__doc__`; P is the number of tokens that came before.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,6 +41,16 @@ class Tokens:
     def of(cls, text: Tensor) -> Tokens:
         """One text [T] of ids, read at once."""
         return cls(ids=text[None], new=len(text))
+
+
+def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of names, shapes, types and values, in their order."""
+    digest = hashlib.sha256()
+    for name, x in named:
+        content = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype} ".encode())
+        digest.update(content.numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Read(NamedTuple):
@@ -138,12 +148,7 @@ class MemoryBank(nn.Module):
         """A hash of all that gives a row its number, tree or hash constants: rows that were learned
         under another one say something else.
         """
-        digest = hashlib.sha256()
-        for name, x in self.constants().items():
-            content = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(f"{name} {tuple(x.shape)} {x.dtype} ".encode())
-            digest.update(content.numpy().tobytes())
-        return digest.hexdigest()
+        return tensors_sha256(self.constants().items())
 
     def constants(self) -> dict[str, Tensor]:
         """The buffers that decide which rows are read; statistics are none of them."""

@@ -9,7 +9,6 @@ cache. Where a read adds nothing, the original output goes on as it is.
 
 from __future__ import annotations
 
-import inspect
 import uuid
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -44,6 +43,7 @@ from memretrofit.patching.history import (
     same_routes,
 )
 from memretrofit.patching.ledger import Ledger, ledger_of, refuse_patched
+from memretrofit.patching.wrapping import named_arguments
 
 Place = Literal["ffn", "layer"]
 ChooseLayers = Callable[[int], tuple[int, ...]]
@@ -166,7 +166,7 @@ class _Look:
         switches = self.ledger.controls
         if switches.disabled:
             return
-        kwargs = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+        kwargs = named_arguments(decoder.forward, args, kwargs)
         ids = kwargs.get("input_ids")
         if ids is None:
             raise UnsupportedModelError(

@@ -26,7 +26,6 @@ more (`Reader.lost`), and its row of the output is dropped.
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from transformers.cache_utils import Cache
 
 from memretrofit.errors import UnsupportedModelError
 from memretrofit.patching.ledger import ledger_of
+from memretrofit.patching.wrapping import named_arguments
 
 JOINED = {"logits", "loss", "past_key_values", "hidden_states"}
 """What can be put together from the outputs of several pieces."""
@@ -109,7 +109,7 @@ def _read(
 ) -> Any:
     """`model.forward(*args, **kw)`, in pieces."""
     controls = ledger_of(model).controls
-    call = _arguments(forward, args, kw)
+    call = named_arguments(forward, args, kw)
     tokens = [call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None]
     mask = call.get("attention_mask")
     if controls.disabled or controls.intercept or len(tokens) != 1:
@@ -120,16 +120,6 @@ def _read(
     if reading.cache is None and reading.reader.passes(reading.new):
         return forward(**call)
     return reading.run()
-
-
-def _arguments(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    signature = inspect.signature(forward)
-    given = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            given |= given.pop(parameter.name, {})
-    return given
 
 
 class _Reading:

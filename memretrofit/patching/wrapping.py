@@ -1,8 +1,9 @@
-"""The model that is meant when it stands inside a PEFT wrapper, and the mode it is measured in."""
+"""The model that is meant inside a PEFT wrapper, its mode, and what it is called with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,3 +33,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def named_arguments(
+    forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    signature = inspect.signature(forward)
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(parameter.name, {})
+    return given

@@ -4,19 +4,17 @@ alone.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from memretrofit.data import RowDataset, load_documents, split_documents
 from memretrofit.data.lessons import Item, items_of, read_lessons
-from memretrofit.modules.bank import Preparation
+from memretrofit.modules.bank import Preparation, tensors_sha256
 from memretrofit.patching.ffn import bank_of
-from memretrofit.recipe import Recipe
+from memretrofit.recipe import Recipe, TrainSection
 from memretrofit.retrofit import memory_parameters
 from memretrofit.training.inject import InjectSettings, InjectStep, inject
 from memretrofit.training.progress import StageProgress
@@ -81,13 +79,21 @@ def generic_texts(recipe: Recipe, tokenizer: Any) -> list[Tensor]:
 
 def _fingerprint(model: PreTrainedModel, items: list[Item]) -> str:
     """A hash of the texts, and of all that decides which rows they read."""
-    digest = hashlib.sha256()
-    constants = bank_of(model).named_buffers()
-    for name, x in [*((str(item.first), item.ids) for item in items), *constants]:
-        content = x.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(x.shape)} {x.dtype} ".encode())
-        digest.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    texts = ((str(item.first), item.ids) for item in items)
+    return tensors_sha256([*texts, *bank_of(model).named_buffers()])[:16]
+
+
+def inject_settings(section: TrainSection, **others: Any) -> InjectSettings:
+    """What a recipe says about injection, but for `others`."""
+    values = {
+        "steps": section.inject.steps,
+        "batch_size": section.inject.batch_size,
+        "learning_rate": section.inject.learning_rate,
+        "warmup_ratio": section.warmup_ratio,
+        "seed": section.seed,
+        "save_steps": section.save_steps,
+    }
+    return InjectSettings(**{**values, **others})
 
 
 def run_injection(
@@ -98,16 +104,7 @@ def run_injection(
     progress: StageProgress,
 ) -> None:
     """Train what the bank may change. See `inject` for errors."""
-    section = recipe.train
-    settings = InjectSettings(
-        steps=section.inject.steps,
-        batch_size=section.inject.batch_size,
-        learning_rate=section.inject.learning_rate,
-        warmup_ratio=section.warmup_ratio,
-        seed=section.seed,
-        save_steps=section.save_steps,
-        fingerprint=_fingerprint(model, items),
-    )
+    settings = inject_settings(recipe.train, fingerprint=_fingerprint(model, items))
 
     def report(step: InjectStep) -> None:
         progress.advance(step.step, step.loss, learning_rate=step.learning_rate)
