@@ -36,8 +36,8 @@ from typing import Annotated, Literal
 from transformers import PreTrainedModel
 
 from memretrofit.config import MethodConfig, Range
-from memretrofit.modules.bank import ModelSpec
 from memretrofit.modules.engram import EngramRead, NgramBank
+from memretrofit.modules.model_spec import ModelSpec
 from memretrofit.modules.placement import early
 from memretrofit.patching.ffn import patch_banks
 

@@ -32,8 +32,8 @@ from typing import Annotated, Literal
 from transformers import PreTrainedModel
 
 from memretrofit.config import MethodConfig, Range
-from memretrofit.modules.bank import ModelSpec
 from memretrofit.modules.hierarchical import HierarchicalBank, HierarchicalRead
+from memretrofit.modules.model_spec import ModelSpec
 from memretrofit.modules.placement import late_third, uniform
 from memretrofit.patching.ffn import patch_banks
 

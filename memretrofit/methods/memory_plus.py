@@ -28,7 +28,7 @@ from typing import Annotated, Literal
 from transformers import PreTrainedModel
 
 from memretrofit.config import MethodConfig, Range
-from memretrofit.modules.bank import ModelSpec
+from memretrofit.modules.model_spec import ModelSpec
 from memretrofit.modules.placement import centred_stride
 from memretrofit.modules.product_key import (
     SHARED,

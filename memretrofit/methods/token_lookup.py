@@ -28,7 +28,8 @@ from typing import Annotated, Literal
 from transformers import PreTrainedModel
 
 from memretrofit.config import MethodConfig, Range
-from memretrofit.modules.bank import BankRead, ModelSpec
+from memretrofit.modules.bank import BankRead
+from memretrofit.modules.model_spec import ModelSpec
 from memretrofit.modules.placement import uniform
 from memretrofit.modules.token_rows import AddedRow, GatedRow, ProjectedTokenBank, TokenBank
 from memretrofit.patching.ffn import patch_banks

@@ -10,7 +10,7 @@ Letters: see `memretrofit.__doc__`; P is the number of tokens that came before.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -164,37 +164,6 @@ class MemoryBank(nn.Module):
     def each_table(self) -> Iterator[tuple[str, Table]]:
         """All tables with their names."""
         return ((name, self.table(name)) for name in self.tables)
-
-
-@dataclass(eq=False)
-class InputEmbedding:
-    """The input embeddings [V, E] of the model that a bank stands beside. A value, not a closure: a
-    copied model's bank reads the copy's, and a model with a bank can be pickled.
-    """
-
-    module: nn.Module
-
-    def __call__(self) -> Tensor:
-        """The weights as they are now, without gradient."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight.detach()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """What a bank must know of the model that it stands beside."""
-
-    hidden_size: int
-    vocab_size: int
-    num_layers: int
-    layers: tuple[int, ...]
-    """Indices of the layers that get a read."""
-    activation: Callable[[Tensor], Tensor]
-    """Of the model's own FFN."""
-    embedding: Callable[[], Tensor]
-    """[V, E] the model's input embeddings."""
-    dtype: torch.dtype
 
 
 def is_real(tokens: Tokens) -> Tensor:

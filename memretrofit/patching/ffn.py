@@ -18,20 +18,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
 from memretrofit.config import MethodConfig
 from memretrofit.errors import NoTargetError, StateError, UnsupportedModelError
 from memretrofit.modules.bank import (
     BankRead,
-    InputEmbedding,
     MemoryBank,
-    ModelSpec,
     Read,
     Tokens,
     is_real,
 )
+from memretrofit.modules.model_spec import ModelSpec
 from memretrofit.patching.controls import ATTRIBUTE
 from memretrofit.patching.ffn_sites import BankSite, decoder_of, find_bank_sites, hidden_of
 from memretrofit.patching.history import (
@@ -43,20 +41,12 @@ from memretrofit.patching.history import (
     same_routes,
 )
 from memretrofit.patching.ledger import Ledger, ledger_of, refuse_patched
+from memretrofit.patching.seats import Seat, model_spec, placed
 from memretrofit.patching.wrapping import named_arguments
 
 Place = Literal["ffn", "layer"]
 ChooseLayers = Callable[[int], tuple[int, ...]]
 """From the number of layers to the indices of those that get a read."""
-
-
-@dataclass(eq=False)
-class Seat:
-    """One module that carries a part of a bank."""
-
-    memory: nn.Module
-    layer_idx: int | None
-    """None for the bank itself."""
 
 
 @dataclass(eq=False)
@@ -129,16 +119,16 @@ def patch_banks(
     count = 1 + max(site.layer_idx for site in sites)
     wanted = getattr(config, "layers_to_transform", None)
     chosen = _chosen(model, sites, choose(count) if wanted is None else wanted)
-    spec = _spec(model, count, tuple(site.layer_idx for site in chosen))
+    spec = model_spec(model, count, tuple(site.layer_idx for site in chosen))
     # whatever can fail comes first: nothing is attached yet
-    bank = _placed(make_bank(spec), model.get_input_embeddings())
+    bank = placed(make_bank(spec), model.get_input_embeddings())
     reads = [
-        (site, _placed(make_read(spec, site.layer_idx, number), site.module))
+        (site, placed(make_read(spec, site.layer_idx, number), site.module))
         for number, site in enumerate(chosen)
     ]
     ledger = BankLedger(config, bank=bank, sites=sites)
-    ledger.seams = {name: Seat(bank, None)}
-    ledger.seams |= {site.name: Seat(read, site.layer_idx) for site, read in reads}
+    ledger.seams = {name: Seat(bank, None, decoder)}
+    ledger.seams |= {site.name: Seat(read, site.layer_idx, site.module) for site, read in reads}
     decoder.memory = bank
     ledger.handles += [
         decoder.register_forward_pre_hook(_Look(ledger), with_kwargs=True),
@@ -300,25 +290,3 @@ def _chosen(
             f"{missing}; it can in {sorted(by_layer)}."
         )
     return [by_layer[index] for index in sorted(set(wanted))]
-
-
-def _spec(model: PreTrainedModel, count: int, layers: tuple[int, ...]) -> ModelSpec:
-    config = model.config.get_text_config(decoder=True)
-    embedding: Any = model.get_input_embeddings()
-    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    return ModelSpec(
-        hidden_size=config.hidden_size,
-        vocab_size=embedding.weight.shape[0],
-        num_layers=count,
-        layers=layers,
-        activation=ACT2FN[name] if isinstance(name, str) else nn.SiLU(),
-        embedding=InputEmbedding(embedding),
-        dtype=embedding.weight.dtype,
-    )
-
-
-def _placed(memory: Any, module: nn.Module) -> Any:
-    """The memory on the device and in the mode of its module; float64 only where that is."""
-    weight = next(module.parameters())
-    memory = memory.to(weight.device).train(module.training)
-    return memory.double() if weight.dtype is torch.float64 else memory

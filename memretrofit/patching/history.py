@@ -175,8 +175,8 @@ def refuse_packing(ids: Tensor, positions: Any) -> None:
     real = (ids[:, 1:] != PAD) & (ids[:, :-1] != PAD)
     if bool(((positions.diff(dim=-1) < 1) & real).any()):
         raise StateError(
-            "position_ids begin anew inside a row (packed sequences), and a bank would look one "
-            "text up by another. Pass one sequence per row."
+            "position_ids begin anew inside a row (packed sequences), and a memory would mix one "
+            "text with another. Pass one sequence per row."
         )
 
 

@@ -5,7 +5,8 @@
     reader = make(model)                                 one for the call
     begin  = reader.enter(cache, own)                    slots that the cache has seen
     bounds = begin, cuts in (begin, end), end            `reader.cuts`: whatever the calls
-    for each piece:  reader.before(piece);  output = forward(**piece.call);
+    for each piece:  reader.before(piece)
+                     output = forward(**piece.call)      inside reader.around(piece)
                      output = reader.after(piece, output)
     logits, hidden states and loss of all pieces together, as of one forward
 
@@ -28,7 +29,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,11 @@ class Reader:
         """Whether the model may answer a call of so many tokens without a cache on its own."""
         return False
 
+    def cannot(self, call: dict[str, Any]) -> None:
+        """`call` has no tokens, or ids and embeddings, or a mask that is more than padding: refuse
+        it here, or leave it to the model.
+        """
+
     def enter(self, cache: Cache, own: bool) -> int:
         """Take the cache of this call, made for it alone if `own`; slots that it has seen."""
         return cache.get_seq_length()
@@ -89,6 +95,10 @@ class Reader:
 
     def before(self, piece: Piece) -> None:
         """Prepare `piece`, which is read next."""
+
+    def around(self, piece: Piece) -> AbstractContextManager[None]:
+        """Open while `piece` is read."""
+        return nullcontext()
 
     def after(self, piece: Piece, output: Any) -> Any:
         """What the caller gets of `piece`: an output whose logits and hidden states are those of
@@ -110,13 +120,15 @@ def _read(
     """`model.forward(*args, **kw)`, in pieces."""
     controls = ledger_of(model).controls
     call = named_arguments(forward, args, kw)
+    if controls.disabled or controls.intercept:
+        return forward(**call)
     tokens = [call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None]
     mask = call.get("attention_mask")
-    if controls.disabled or controls.intercept or len(tokens) != 1:
+    reader = make(model)
+    if len(tokens) != 1 or (mask is not None and mask.dim() != 2):
+        reader.cannot(call)
         return forward(**call)
-    if mask is not None and mask.dim() != 2:  # attention refuses it, and says why
-        return forward(**call)
-    reading = _Reading(model, forward, make(model), call)
+    reading = _Reading(model, forward, reader, call)
     if reading.cache is None and reading.reader.passes(reading.new):
         return forward(**call)
     return reading.run()
@@ -177,7 +189,9 @@ class _Reading:
             piece = self._piece(slice(low - begin, high - begin), low, high, high in cuts, keep)
             self.reader.before(piece)
             call = {"past_key_values": cache, "use_cache": True, "return_dict": True} | piece.call
-            last = self.reader.after(piece, self.forward(**call))
+            with self.reader.around(piece):
+                output = self.forward(**call)
+            last = self.reader.after(piece, output)
             # a copy: a slice would keep the logits of the whole piece alive
             kept = last.logits[:, max(keep - low, 0) :]
             logits.append(kept if kept.shape == last.logits.shape else kept.clone())

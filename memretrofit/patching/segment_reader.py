@@ -1,0 +1,377 @@
+"""Reads the pieces of a text in segments.
+
+Cuts are where a row opens or closes a span. Before a piece, rows that open one lose their columns
+and get those of the opening; the piece's forward reads the session's own cache, each row's columns
+under a mask where rows are at different places; after it, rows that close a span write, and lose
+their columns again. So a row of a batch is that row alone, and one call is any split of it.
+
+Rows whose segments end at different tokens make more and shorter forwards: up to one for each row
+and span.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from memretrofit.errors import StateError, UnsupportedModelError
+from memretrofit.modules.bank import PAD
+from memretrofit.modules.segment_memory import Columns, Part, Past, State
+from memretrofit.patching.ffn_sites import decoder_of
+from memretrofit.patching.history import refuse_packing
+from memretrofit.patching.pieces import JOINED, Piece, Reader
+from memretrofit.patching.segment_visit import Visit, segment_ledger_of, visiting
+from memretrofit.patching.session import Session, session_of
+
+OURS = ("attention_mask", "position_ids", "cache_position", "input_ids", "inputs_embeds")
+"""Arguments of a forward that differ between a text and its segments."""
+KEEP = "logits_to_keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """One forward: what it reads, and what the text is afterwards."""
+
+    columns: Columns
+    call: dict[str, Any]
+    opening: int
+    tokens: int
+    trailing: int
+    counts: Tensor
+    """[B] tokens of each row."""
+    embeds: Tensor
+    """As `Session.embeds`."""
+
+
+class SegmentReader(Reader):
+    """Opens, reads and closes the spans of every row of one call."""
+
+    session: Session
+    plan: _Plan
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.segments = segment_ledger_of(model)
+        self.memory, self.controls = self.segments.memory, self.segments.controls
+        self.decoder = decoder_of(model)[1]
+        self.contiguous = _slides(model)
+        spans = self.memory.spans
+        self.ends = list(itertools.accumulate(spans))
+        self.begins = [end - length for end, length in zip(self.ends, spans, strict=True)]
+        self.length = self.ends[-1]
+
+    def cannot(self, call: dict[str, Any]) -> None:
+        """Refuse what cannot be read in segments.
+
+        Raises:
+            StateError: always.
+        """
+        given = [name for name in ("input_ids", "inputs_embeds") if call.get(name) is not None]
+        mask = call.get("attention_mask")
+        shape = "" if mask is None else f", with an attention mask of {mask.dim()} dimensions"
+        raise StateError(
+            "A model that reads in segments needs either input_ids or inputs_embeds, and a 2-D "
+            f"attention mask or none; found {' and '.join(given) or 'neither'}{shape}. Pass one "
+            "sequence per row."
+        )
+
+    def enter(self, cache: Cache, own: bool) -> int:
+        """Find or make the session in `cache`."""
+        self.session = session_of(cache, self.segments.owner)
+        return self.session.seen
+
+    def cuts(self, begin: int, end: int, real: Tensor | None) -> list[int]:
+        """Where a row opens or closes a span."""
+        counts, length = self.session.counts, self.length
+        edges = {edge % length for edge in self.ends}
+        if real is None:
+            seen = {0} if counts is None else {int(x) for x in counts}
+            slots = range(begin + 1, end + 1)
+            return [x for x in slots if any((n + x - begin) % length in edges for n in seen)]
+        new = real[:, begin:]
+        ranks = new.cumsum(-1)  # tokens of the row up to and with each slot
+        ranks = ranks if counts is None else ranks + counts[:, None]
+        wanted = torch.tensor(sorted(edges), device=new.device)
+        opens = torch.isin((ranks - 1) % length, wanted) & new
+        closes = torch.isin(ranks % length, wanted) & new
+        found = {int(x) + begin for x in opens.any(0).nonzero()}
+        found |= {int(x) + begin + 1 for x in closes.any(0).nonzero()}
+        return sorted(x for x in found if x > begin)
+
+    def before(self, piece: Piece) -> None:
+        """Open the spans that begin with `piece`, and say what its forward has to be."""
+        embeds = piece.embeds
+        if embeds is None:
+            embeds = self.model.get_input_embeddings()(piece.ids)
+        new = None if piece.real is None else piece.real[:, piece.low :]
+        there = _or_ones(new, embeds)
+        refuse_packing(torch.where(there, 0, PAD), piece.call.get("position_ids"))
+        self._begin(len(embeds), embeds.device)
+        self.plan = plan = self._plan(embeds, new)
+        if not plan.opening and not plan.trailing and piece.ids is not None:
+            plan.call["input_ids"] = piece.ids
+            del plan.call["inputs_embeds"]
+        piece.call = {k: x for k, x in piece.call.items() if k not in OURS} | plan.call
+        if KEEP in inspect.signature(type(self.model).forward).parameters:
+            high = plan.opening + plan.tokens
+            low = high - 1 if piece.wanted >= piece.high else plan.opening
+            piece.call[KEEP] = torch.arange(low, high, device=embeds.device)
+
+    @contextmanager
+    def around(self, piece: Piece) -> Iterator[None]:
+        """The hooks know which columns the forward reads."""
+        self.visit = self._visit(self.plan.columns)
+        with visiting(self.visit):
+            yield
+
+    def after(self, piece: Piece, output: Any) -> Any:
+        """Close the spans that end with `piece`, and give back its tokens alone."""
+        session, plan = self.session, self.plan
+        session.extend(plan.columns.real, plan.opening + plan.tokens, plan.trailing)
+        segments = plan.columns.segments
+        session.counts, session.embeds = plan.counts, plan.embeds
+        session.seen, session.open = session.seen + plan.tokens, session.open + plan.tokens
+        closings = plan.columns.closings
+        if closings:
+            session.remember()
+            session.open = 0
+        for number, closing in enumerate(closings):
+            self._write(self.visit, number, segments)
+            session.close(closing.rows)
+            following = closing.span + 1
+            while following < len(self.memory.spans) and not self.memory.spans[following]:
+                self._read_again(following, closing.rows, segments)
+                following += 1
+        return _tokens_of(output, plan)
+
+    def _begin(self, rows: int, device: torch.device) -> None:
+        """The state of a conversation that has not begun, or a check of one that has."""
+        session = self.session
+        if session.counts is None:
+            session.state = self._first_state(rows)
+            session.counts = torch.zeros(rows, dtype=torch.long, device=device)
+        if len(session.counts) != rows:
+            raise StateError(
+                f"This cache holds {len(session.counts)} rows, and {rows} were passed. To go on "
+                "from one conversation in several ways (beams, a batch of questions), call "
+                "cache.batch_repeat_interleave(n) first, or load_memory(..., repeats=n)."
+            )
+
+    def _first_state(self, rows: int) -> State:
+        fresh = self.segments.begin(rows)
+        if self.controls.carried is None:
+            return fresh
+        other = session_of(self.controls.carried, self.segments.owner).state
+        if any(k not in other or other[k].shape != x.shape for k, x in fresh.items()):
+            raise StateError(
+                f"state_carried: the cache holds no state of {rows} rows of this model. Pass a "
+                "cache that this model filled with as many rows."
+            )
+        return dict(other)
+
+    def _read_state(self) -> State:
+        """The state as it is read: not always the rows' own."""
+        held = self.session.state
+        if self.controls.silenced:
+            return self.segments.begin(len(self._counts))
+        return {k: x.roll(-1, dims=0) for k, x in held.items()} if self.controls.shuffled else held
+
+    @property
+    def _counts(self) -> Tensor:
+        counts = self.session.counts
+        assert counts is not None
+        return counts
+
+    def _past(self, state: State, counts: Tensor, embeds: Tensor, segments: Tensor) -> Past:
+        kept = embeds[:, max(embeds.shape[1] - self.memory.kept_tokens, 0) :]
+        real = _known(kept.shape[1], counts)
+        return Past(state=state, segments=segments, embeds=kept, real=real)
+
+    def _plan(self, embeds: Tensor, new: Tensor | None) -> _Plan:
+        """What the forward of a piece reads: openings, tokens [B, T, E] and what trails them."""
+        counts, tokens = self._counts, embeds.shape[1]
+        segments, state = counts // self.length, self._read_state()
+        first = torch.ones_like(counts, dtype=torch.bool) if new is None else new[:, 0]
+        kept = embeds[:, :0] if self.session.embeds is None else self.session.embeds
+        openings = _Parts(0)
+        for span, begin in enumerate(self.begins):
+            rows = first & (counts % self.length == begin)
+            if self.memory.spans[span] and bool(rows.any()):
+                if not openings.parts:
+                    self.session.remember()
+                    self.session.open = 0
+                self.session.close(rows)
+                past = self._past(state, counts, kept, segments)
+                found = self.memory.opening(span, past)
+                openings.add(span, rows, found and found.embeds, found and found.real)
+        if self.contiguous and self.session.ragged(openings.parts):
+            self._read_alone(openings, state, segments)
+            openings = _Parts(0)
+        added = torch.full_like(counts, tokens) if new is None else new.sum(-1)
+        after, kept = counts + added, self._keep(kept, embeds, new)
+        closings = _Parts(openings.end + tokens)
+        for span, end in enumerate(self.ends):
+            rows = (added > 0) & (after % self.length == end % self.length)
+            if self.memory.spans[span] and bool(rows.any()):
+                past = self._past(state, after, kept, segments)
+                closings.add(span, rows, self.memory.trailing(span, past), None)
+        real = [*openings.real, _or_ones(new, embeds), *closings.real]
+        columns = self._columns(state, segments, torch.cat(real, dim=1), openings, closings)
+        return _Plan(
+            columns=columns,
+            call=self._call([*openings.embeds, embeds, *closings.embeds], columns.real),
+            opening=openings.end,
+            tokens=tokens,
+            trailing=closings.end - closings.begin,
+            counts=after,
+            embeds=kept,
+        )
+
+    def _read_alone(self, openings: _Parts, state: State, segments: Tensor) -> None:
+        """Read openings before the piece, so that every row's columns can be put side by side."""
+        if openings.end:
+            real = torch.cat(openings.real, dim=1)
+            columns = self._columns(state, segments, real, openings, _Parts(openings.end))
+            with visiting(self._visit(columns)):
+                self.decoder(**self._call(openings.embeds, columns.real))
+            self.session.extend(columns.real, openings.end, 0)
+        self.session.align()
+
+    def _columns(
+        self, state: State, segments: Tensor, real: Tensor, openings: _Parts, closings: _Parts
+    ) -> Columns:
+        return Columns(
+            state=state,
+            segments=segments,
+            real=None if bool(real.all()) else real,
+            openings=tuple(openings.parts),
+            closings=tuple(closings.parts),
+        )
+
+    def _call(self, parts: list[Tensor], real: Tensor | None) -> dict[str, Any]:
+        """What the decoder must be called with to read columns behind those of the session."""
+        embeds = parts[0] if len(parts) == 1 else torch.cat([x.to(parts[-1]) for x in parts], 1)
+        call: dict[str, Any] = {"inputs_embeds": embeds, "use_cache": True}
+        call["past_key_values"] = self.session.inner
+        mask = self.session.mask_with(real, embeds.shape[:2])
+        if mask is not None:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+            call |= {"attention_mask": mask, "position_ids": positions}
+        return call
+
+    def _keep(self, before: Tensor, embeds: Tensor, new: Tensor | None) -> Tensor:
+        """The tokens that may be read again, those of the piece behind the others."""
+        if not self.memory.kept_tokens:
+            return before
+        spare = before.shape[1] - self.session.open - self.memory.kept_tokens
+        before = before[:, max(spare, 0) :]
+        joined = torch.cat([before, embeds], dim=1)
+        if new is None:
+            return joined
+        real = torch.cat([_known(before.shape[1], self._counts), new], dim=1)
+        order = real.int().argsort(dim=-1, stable=True)  # padding goes to the left
+        return joined.gather(1, order[..., None].expand_as(joined))
+
+    def _visit(self, columns: Columns) -> Visit:
+        return Visit(columns, self.session.state, [{} for _ in columns.closings])
+
+    def _write(self, visit: Visit, number: int, segments: Tensor) -> None:
+        """Put what one closing part wrote into the state of its rows."""
+        if not self.controls.writes:
+            return
+        closing, session = visit.columns.closings[number], self.session
+        assert visit.hidden is not None
+        assert session.embeds is not None
+        past = self._past(session.state, self._counts, session.embeds, segments)
+        written = visit.hidden[:, closing.begin : closing.end]
+        found = visit.written[number] | self.memory.write(closing.span, written, past)
+        session.state = session.state | {
+            name: _where(closing.rows, x, session.state[name]) for name, x in found.items()
+        }
+
+    def _read_again(self, span: int, rows: Tensor, segments: Tensor) -> None:
+        """A span of no tokens: what its opening becomes is written, and no column stays."""
+        session, counts, state = self.session, self._counts, self._read_state()
+        assert session.embeds is not None
+        opening = self.memory.opening(span, self._past(state, counts, session.embeds, segments))
+        if opening is None:
+            return
+        openings = _Parts(0)
+        openings.add(span, rows, opening.embeds, opening.real)
+        closings = _Parts(openings.end)
+        closings.add(span, rows, None, None)
+        columns = self._columns(state, segments, openings.real[0], openings, closings)
+        visit = self._visit(columns)
+        with visiting(visit):
+            self.decoder(**self._call(openings.embeds, columns.real))
+        session.extend(None, 0, openings.end)
+        self._write(visit, 0, segments)
+
+
+def _slides(model: PreTrainedModel) -> bool:
+    """Whether distance in attention is counted in columns, as it is in a sliding window: then no
+    other column may stand between those of a row.
+    """
+    return getattr(model.config.get_text_config(), "sliding_window", None) is not None
+
+
+class _Parts:
+    """Columns of several spans, one behind the other."""
+
+    def __init__(self, begin: int) -> None:
+        self.begin = self.end = begin
+        self.parts: list[Part] = []
+        self.embeds: list[Tensor] = []
+        self.real: list[Tensor] = []
+
+    def add(self, span: int, rows: Tensor, embeds: Tensor | None, real: Tensor | None) -> None:
+        """Columns [B, n, E] that `rows` [B] have, of those that are `real` [B, n]."""
+        begin = self.end
+        if embeds is not None and embeds.shape[1]:
+            self.end += embeds.shape[1]
+            self.embeds.append(embeds)
+            there = rows[:, None].expand(-1, embeds.shape[1])
+            self.real.append(there if real is None else there & real)
+        self.parts.append(Part(span, begin, self.end, rows))
+
+
+def _known(width: int, counts: Tensor) -> Tensor:
+    """[B, width] bool: which of the last columns hold a token, where the row has so many."""
+    return torch.arange(width, 0, -1, device=counts.device) <= counts[:, None]
+
+
+def _or_ones(real: Tensor | None, embeds: Tensor) -> Tensor:
+    return embeds.new_ones(embeds.shape[:2], dtype=torch.bool) if real is None else real
+
+
+def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` in the chosen rows."""
+    if bool(rows.all()):
+        return new
+    return torch.where(rows.to(new.device).view(-1, *(1,) * (new.ndim - 1)), new, old)
+
+
+def _tokens_of(output: Any, plan: _Plan) -> Any:
+    """The output of the piece's own tokens."""
+    columns = slice(plan.opening, plan.opening + plan.tokens)
+    more = plan.opening + plan.trailing
+    unknown = [name for name in output if name not in JOINED and output[name] is not None]
+    if more and unknown:
+        raise UnsupportedModelError(
+            f"A model that reads in segments was asked for {', '.join(unknown)}, and these would "
+            f"be of {more} more columns than tokens. Do not ask for them."
+        )
+    if output.get("hidden_states") is not None:
+        output["hidden_states"] = tuple(x[:, columns] for x in output["hidden_states"])
+    if output.logits.shape[1] == plan.tokens + more and more:
+        output["logits"] = output.logits[:, columns]
+    return output
