@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from memretrofit.methods import available_methods
     from memretrofit.methods.ahn import AHNConfig
+    from memretrofit.methods.armt import ARMTConfig
     from memretrofit.methods.camelot import CAMELoTConfig
     from memretrofit.methods.composed import ComposedConfig
     from memretrofit.methods.em_llm import EMLLMConfig
@@ -44,33 +45,44 @@ if TYPE_CHECKING:
     from memretrofit.methods.eviction import EvictionConfig
     from memretrofit.methods.head_plan import HeadPlanConfig
     from memretrofit.methods.hierarchical_ffn import HierarchicalFFNConfig
+    from memretrofit.methods.hmt import HMTConfig
     from memretrofit.methods.infllm import InfLLMConfig
     from memretrofit.methods.knn_memory import KNNMemoryConfig
     from memretrofit.methods.landmark import LandmarkConfig
     from memretrofit.methods.lolcats import LoLCATsConfig
     from memretrofit.methods.memory_plus import MemoryPlusConfig
+    from memretrofit.methods.memoryllm_pool import MemoryLLMPoolConfig
+    from memretrofit.methods.mplus import MPlusConfig
     from memretrofit.methods.product_key import ProductKeyConfig
+    from memretrofit.methods.rmt import RMTConfig
     from memretrofit.methods.streaming_llm import StreamingLLMConfig
     from memretrofit.methods.token_lookup import TokenLookupConfig
+    from memretrofit.methods.tokmem import TokMemConfig
     from memretrofit.methods.window_sinks import WindowSinksConfig
     from memretrofit.retrofit import describe, memory_disabled, patch, unpatch
 
 __all__ = [
     "AHNConfig",
+    "ARMTConfig",
     "CAMELoTConfig",
     "ComposedConfig",
     "EMLLMConfig",
     "EngramConfig",
     "EvictionConfig",
+    "HMTConfig",
     "HeadPlanConfig",
     "HierarchicalFFNConfig",
     "InfLLMConfig",
     "KNNMemoryConfig",
     "LandmarkConfig",
     "LoLCATsConfig",
+    "MPlusConfig",
+    "MemoryLLMPoolConfig",
     "MemoryPlusConfig",
     "ProductKeyConfig",
+    "RMTConfig",
     "StreamingLLMConfig",
+    "TokMemConfig",
     "TokenLookupConfig",
     "WindowSinksConfig",
     "__version__",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import yaml
 
@@ -106,16 +106,33 @@ def _index_entry(text: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         metrics.append(_metric("memory_gain", "Memory gain (nats per token)", gain["mean"]))
     share = summary.get("memory_gain_share")
     if _finite(share):
-        label = "Memory gain (share of the window's loss)"
+        label = f"Memory gain (share of {_floor(summary).loss})"
         metrics.append(_metric("memory_gain_share", label, share["mean"]))
     nll = (summary.get("nll") or {}).get("trained")
     if _finite(nll):
-        metrics.append(_metric("nll", "Negative log-likelihood past the window", nll["mean"]))
+        metrics.append(
+            _metric("nll", f"Negative log-likelihood {_floor(summary).past}", nll["mean"])
+        )
     return {
         "task": {"type": "text-generation"},
         "dataset": {"type": "text", "name": text},
         "metrics": metrics,
     }
+
+
+class _Floor(NamedTuple):
+    """What a memory is measured against at the lower end."""
+
+    arm: str
+    past: str
+    loss: str
+
+
+def _floor(summary: Mapping[str, Any]) -> _Floor:
+    """A window's attention; of a memory beside no window, each segment alone."""
+    if "zeroed" in (summary.get("nll") or {}):
+        return _Floor("segments alone", "past the first segment", "what segments alone lose")
+    return _Floor("window", "past the window", "what the window loses")
 
 
 def _recall_entries(recall: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -157,7 +174,7 @@ def _headline(text: str, summary: Mapping[str, Any]) -> str:
     gain, share = summary.get("memory_gain"), summary.get("memory_gain_share")
     if not _finite(gain):
         return "The memory gain was not measured."
-    part = f", {100 * share['mean']:.1f} % of what the window loses" if _finite(share) else ""
+    part = f", {100 * share['mean']:.1f} % of {_floor(summary).loss}" if _finite(share) else ""
     shown = "" if gain["low"] > 0 else " The interval is not above zero: no memory is shown."
     return (
         f"**Memory gain on {escape(text)}: {_interval(gain)} nats per token{part}.** It is the "
@@ -171,9 +188,10 @@ def _results(texts: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     for summary in texts.values():
         labels.update(summary.get("arms") or {})
     if texts:
+        past = _floor(next(iter(texts.values()))).past
         parts.append(
-            "Past the window, nats per token, with bootstrap intervals over sequences. `KL` is the "
-            "divergence of full attention from the arm."
+            f"{past[0].upper()}{past[1:]}, nats per token, with bootstrap intervals over "
+            "sequences. `KL` is the divergence of full attention from the arm."
         )
     for text, summary in texts.items():
         rows = ["| arm | NLL | KL |", "|---|---|---|"]
@@ -184,7 +202,12 @@ def _results(texts: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         ]
         differences = [
             ("memory gain (shuffled - trained)", summary.get("memory_gain"), 1, ""),
-            ("  its share of window - full", summary.get("memory_gain_share"), 100, " %"),
+            (
+                f"  its share of {_floor(summary).arm} - full",
+                summary.get("memory_gain_share"),
+                100,
+                " %",
+            ),
             ("gap closure", summary.get("gap_closure"), 100, " %"),
             ("write gain (no-write - trained)", summary.get("write_gain"), 1, ""),
         ]

@@ -163,11 +163,14 @@ class MethodConfig(Checked):
 
 
 def exact_tokens(config: MethodConfig) -> int | None:
-    """Tokens that a method's layers attend exactly at any length, W + N: what comes after them has
-    something behind it that only the memory can give. None for a method without a window.
+    """Tokens of a text that lack nothing: the W + N that a method's layers attend exactly at any
+    length, or the T of a segment. What comes after them has something behind it that only the
+    memory can give. None for a method without window or segments.
     """
     window = getattr(config, "sliding_window", None)
-    return None if window is None else window + getattr(config, "num_sink_tokens", 0)
+    if window is None:
+        return getattr(config, "segment_length", None)
+    return window + getattr(config, "num_sink_tokens", 0)
 
 
 def build(cls: type[C], values: Mapping[str, Any], faults: list[str] | None = None) -> C:

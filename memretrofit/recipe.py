@@ -96,17 +96,73 @@ class InjectSection(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecurrenceSection(Checked):
+    """The one stage of a memory between segments: answer what earlier segments said."""
+
+    texts: Literal[
+        "recall",
+        "dialogue",
+        "babilong_qa1",
+        "babilong_qa2",
+        "babilong_qa3",
+        "babilong_qa4",
+        "babilong_qa5",
+    ] = "recall"
+    """What is read: who likes what, talks with one person, or small stories scattered through the
+    prose of `data.sources`; the last segment ends with a question.
+    """
+    facts: Count = 2
+    """Of a segment, in `recall` and `dialogue`; one of them all is asked for."""
+    steps: Count = 600
+    batch_size: Count = 8
+    """Texts of one step."""
+    learning_rate: Positive = 1e-3
+    """AdamW's for the memory at its peak; the same warm-up and cosine as distillation."""
+    lora_learning_rate: Positive = 3e-4
+    """The same for adapters, where `trainable` has them."""
+    segments: Counts = (1, 2)
+    """A curriculum: in its stage i, texts have as many segments as one of the first i says. In a
+    text of one segment the question follows its facts.
+    """
+    shares: Annotated[tuple[float, ...], Range(above=0)] = ()
+    """Of the steps, for each stage; empty gives all the same."""
+    credit: Literal["full", "truncated", "replay"] = "full"
+    """How gradient gets through segments: `replay` is as `full`, with the activations of one
+    segment and one forward more; `truncated` stops.
+    """
+    credit_segments: Count = 1
+    """After how many segments `truncated` stops."""
+
+    def relations(self, faulty: Set[str]) -> list[str]:
+        """A share for each stage."""
+        if faulty & {"segments", "shares"}:
+            return []
+        found = [] if self.segments else ["segments: is empty"]
+        if self.shares and len(self.shares) != len(self.segments):
+            found.append(
+                f"shares={list(self.shares)}: {len(self.shares)} for {len(self.segments)} stages "
+                "of segments; give each one, or none"
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSection(Checked):
-    """What trains, how long, on which windows. All but `transfer` and `inject` is about
-    self-distillation.
+    """What trains, how long, on which windows. All but `transfer`, `inject` and `recurrence` is
+    about self-distillation.
     """
 
-    stages: tuple[Literal["transfer", "distill", "inject"], ...] = ("transfer", "distill")
+    stages: tuple[Literal["transfer", "distill", "inject", "recurrence"], ...] = (
+        "transfer",
+        "distill",
+    )
     """`transfer` fits each layer by itself; `distill` the whole model to its own full attention;
-    `inject` writes lessons into a bank; none for a method that needs no training.
+    `inject` writes lessons into a bank; `recurrence` teaches a memory between segments; none for a
+    method that needs no training.
     """
     transfer: TransferSection = field(default_factory=TransferSection)
     inject: InjectSection = field(default_factory=InjectSection)
+    recurrence: RecurrenceSection = field(default_factory=RecurrenceSection)
     trainable: Literal["memory", "memory+lora"] = "memory"
     """LoRA on q, k, v, o closes more of the gap, and changes the model inside the window too."""
     lora_rank: Count = 8
@@ -142,10 +198,11 @@ class TrainSection(Checked):
             ("distill",),
             ("transfer", "distill"),
             ("inject",),
+            ("recurrence",),
         ):
             found.append(
-                f"stages={list(self.stages)}: expected none, transfer, distill, both in order, or "
-                "inject"
+                f"stages={list(self.stages)}: expected none, transfer, distill, both in order, "
+                "inject, or recurrence"
             )
         ranges = {"window_range": self.window_range, "sink_range": self.sink_range}
         found += [f"{k}: is empty" for k, v in ranges.items() if k not in faulty and not v]

@@ -15,6 +15,7 @@ from memretrofit.errors import ConfigError
 from memretrofit.patching.controls import ATTRIBUTE, memory_disabled
 from memretrofit.patching.ffn import BankLedger
 from memretrofit.patching.ledger import detach, ledger_of
+from memretrofit.patching.vocabulary import VocabularyLedger
 from memretrofit.patching.wrapping import unwrapped
 
 __all__ = ["describe", "memory_disabled", "memory_parameters", "patch", "patched_config", "unpatch"]
@@ -91,8 +92,11 @@ def describe(model: nn.Module) -> str:
     from memretrofit.bank_description import render_bank
     from memretrofit.description import render
     from memretrofit.patching.surgery import attention_ledger_of
+    from memretrofit.vocabulary_description import render_vocabulary
 
     ledger = ledger_of(model)
     if isinstance(ledger, BankLedger):
         return render_bank(model, ledger)
+    if isinstance(ledger, VocabularyLedger):
+        return render_vocabulary(model, ledger)
     return render(model, attention_ledger_of(model))

@@ -5,9 +5,10 @@
     scripts/bench --json bench.json --base HuggingFaceTB/SmolLM2-135M-Instruct
     scripts/bench --recall-contexts 8k,32k,128k --disk-tokens 1M    # and a large saved text
     scripts/bench --lengths none --decode-contexts none --rule-lengths none    # recall and banks
+    scripts/bench --segment-lengths 4k,16k,64k,256k    # a long text in segments: an hour or two
 
-What is measured and how: memretrofit/evaluation/bench.py, bench_prefill.py, bench_recall.py,
-bench_disk.py and bench_bank.py.
+What is measured and how: memretrofit/evaluation/bench.py, bench_prefill.py, bench_segments.py,
+bench_recall.py, bench_disk.py, bench_bank.py and bench_bank_decode.py.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ from memretrofit.evaluation.bench import (
     make_arms,
 )
 from memretrofit.evaluation.bench_bank import PER_TOKEN, bench_large_bank, bench_lookup
+from memretrofit.evaluation.bench_bank_decode import bench_bank_decode
 from memretrofit.evaluation.bench_disk import QUESTION, bench_disk
 from memretrofit.evaluation.bench_prefill import bench_prefill
 from memretrofit.evaluation.bench_recall import BUDGET, bench_recall, bench_selection
+from memretrofit.evaluation.bench_segments import PIECE, bench_segments, segment_arms
 from memretrofit.hub.base import load_base
 
 SCHEMA_VERSION = 1
@@ -53,6 +56,8 @@ NOTES = [
     "faster than full attention.",
     f"Prefill: one forward, one position's logits; lengths from {ONCE_FROM} once per arm. "
     "peak_bytes: resident memory at the peak beyond that before the prefill, weights excluded.",
+    f"Segments: pieces of {PIECE:,} tokens, one position's logits. over_shortest: time of a token "
+    "over that at the shortest length, 1 where time is linear. ahn has the window of all arms.",
     "Decode: full attention's cache holds random keys and values; a memory's was filled by a real "
     "prefill of twice what it keeps, then moved on to the context. ms_per_token_after of the "
     "prefill rows is the same step on caches that were really filled.",
@@ -67,6 +72,7 @@ NOTES = [
     f"Lookup: {PER_TOKEN} rows of 512 bytes for each token; gather is torch's embedding over the "
     "rows in memory. even: numbers drawn evenly; words: the r-th most frequent as 1 / r. Large "
     "bank: zeros, which take no room on disk and are read like any other row.",
+    "Bank decode: a step of so many rows with a prepared bank, rows in RAM, over the base model's.",
 ]
 
 
@@ -93,6 +99,16 @@ def main(
     bank_rows: Annotated[
         str, typer.Option(help="Rows of a bank to look up; 512 bytes each on disk and in memory.")
     ] = "256k",
+    segment_lengths: Annotated[
+        str, typer.Option(help="Tokens of a text that is read in segments.")
+    ] = "4k,16k",
+    segment: Annotated[int, typer.Option(help="segment_length of ARMT.")] = 512,
+    full_most: Annotated[
+        str, typer.Option(help="Tokens that full attention reads at most beside segments.")
+    ] = "16k",
+    bank_contexts: Annotated[
+        str, typer.Option(help="Tokens of context when decoding with a bank; 32 or more.")
+    ] = "0.5k",
     window: Annotated[int, typer.Option(help="sliding_window of all arms but recall.")] = 1024,
     sinks: Annotated[int, typer.Option(help="num_sink_tokens of all arms but recall.")] = 4,
     repeats: Annotated[
@@ -103,7 +119,7 @@ def main(
     """Measure speed and memory side by side; print a table, write JSON."""
     if quick:
         lengths, decode_contexts, rule_lengths, repeats = "0.5k,2k", "0.5k,8k", "0.5k", 1
-        recall_contexts, bank_rows = "8k", "64k"
+        recall_contexts, bank_rows, segment_lengths = "8k", "64k", "2k"
     try:
         report = run(
             base,
@@ -113,6 +129,10 @@ def main(
             recall_contexts=_lengths(recall_contexts),
             disk_tokens=_lengths(disk_tokens),
             bank_rows=_lengths(bank_rows),
+            bank_contexts=_lengths(bank_contexts),
+            segment_lengths=_lengths(segment_lengths),
+            segment=segment,
+            full_most=max(_lengths(full_most), default=0),
             window=window,
             sinks=sinks,
             repeats=repeats,
@@ -136,6 +156,10 @@ def run(
     recall_contexts: Sequence[int],
     disk_tokens: Sequence[int],
     bank_rows: Sequence[int],
+    bank_contexts: Sequence[int],
+    segment_lengths: Sequence[int],
+    segment: int,
+    full_most: int,
     window: int,
     sinks: int,
     repeats: int,
@@ -166,20 +190,29 @@ def run(
     selection = bench_selection(model, arms[FULL], recall_contexts, steps)
     lookup = [row for rows in bank_rows for row in bench_lookup(rows, (1, 256), steps, say)]
     large = bench_large_bank(steps, say=say) if bank_rows else []
+    bank_decode = bench_bank_decode(model, bank_contexts, 10 * steps, say=say)
     say("rules")
     rules = bench_rules(rule_lengths, repeats, {"transformers": transformers_rule})
-    prefill = []
-    if lengths:
+    prefill, segments, too_long = [], [], {}
+
+    def rounds_of(tokens: int) -> int:
+        return 1 if tokens >= ONCE_FROM else repeats
+
+    if lengths or segment_lengths:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             del model, models  # from here on each process has its own
-            prefill = bench_prefill(
-                Path(folder),
-                arms,
-                lengths,
-                lambda tokens: 1 if tokens >= ONCE_FROM else repeats,
-                say,
-            )
+            if lengths:
+                prefill = bench_prefill(Path(folder), arms, lengths, rounds_of, say)
+            if segment_lengths:
+                segments, too_long = bench_segments(
+                    Path(folder),
+                    segment_arms(arms, segment),
+                    segment_lengths,
+                    rounds_of,
+                    full_most=full_most,
+                    say=say,
+                )
     return {
         "schema_version": SCHEMA_VERSION,
         "base": base,
@@ -190,8 +223,10 @@ def run(
         "notes": NOTES,
         "arms": list(arms),
         "recall_method": BUDGET.to_dict(),
-        "skipped": skipped | too_large,
+        "segment_length": segment,
+        "skipped": skipped | too_large | too_long,
         "prefill": prefill,
+        "segments": segments,
         "decode": decode,
         "overhead": overhead,
         "recall": recall,
@@ -199,6 +234,7 @@ def run(
         "disk": disk,
         "lookup": lookup,
         "large_bank": large,
+        "bank_decode": bank_decode,
         "rules": rules,
         "seconds": time.perf_counter() - start,
     }
@@ -231,6 +267,7 @@ def show(report: dict[str, Any]) -> None:
     """Print one table per section."""
     sections = {
         "prefill": "one forward over the whole prompt",
+        "segments": "a long text, read in pieces",
         "decode": "one token after this much context",
         "overhead": "inside the window, over full attention",
         "recall": "one token after this much context, of which 1,024 tokens are attended",
@@ -238,6 +275,7 @@ def show(report: dict[str, Any]) -> None:
         "disk": "a saved text",
         "lookup": "rows of a bank, by tier",
         "large_bank": "to open and train a bank that is larger than memory",
+        "bank_decode": "one token of each row with a bank, over the base model",
         "rules": "the state rules alone",
     }
     console = Console()
@@ -264,6 +302,8 @@ _HEADINGS = {
     "ms_per_token_after": "ms/token",
     "full_over_this": "faster",
     "over_full": "over full",
+    "this_over_armt": "over armt",
+    "over_shortest": "over shortest",
     "over_full_cpu": "in CPU time",
     "this_over_chunk": "over chunk",
     "this_over_blocks": "over blocks",

@@ -83,6 +83,10 @@ def test_the_whole_bench_on_a_tiny_model(script, tmp_path, capsys):
         recall_contexts="1k",
         disk_tokens="0.5k",
         bank_rows="2k",
+        bank_contexts="32",
+        segment_lengths="128,64",
+        segment=16,
+        full_most="64",
         window=WINDOW,
         sinks=SINKS,
         repeats=1,
@@ -91,7 +95,7 @@ def test_the_whole_bench_on_a_tiny_model(script, tmp_path, capsys):
     report = json.loads((tmp_path / "bench.json").read_text())
     names = ["full", "window_sinks", "ahn"]
     assert report["arms"] == names
-    assert list(report["skipped"]) == ["sliding_window"]
+    assert list(report["skipped"]) == ["sliding_window", "full over 128 tokens"]
     assert [(r["arm"], r["tokens"]) for r in report["prefill"]] == [
         (name, tokens) for tokens in (32, 64) for name in names
     ]
@@ -106,6 +110,7 @@ def test_the_whole_bench_on_a_tiny_model(script, tmp_path, capsys):
     assert len(forms) == 7
     assert {r["rows"] for r in report["lookup"]} == {2048}
     assert {r["file_bytes"] >> 30 for r in report["large_bank"]} == {32}
+    assert {r["arm"] for r in report["bank_decode"]} == {"full", "hierarchical_ffn", "engram"}
     for section in ("prefill", "decode", "overhead", "recall", "selection", "rules", "lookup"):
         for row in report[section]:
             numbers = [
@@ -114,10 +119,18 @@ def test_the_whole_bench_on_a_tiny_model(script, tmp_path, capsys):
                 if isinstance(v, (int, float)) and k not in ("peak_bytes", "hit_rate")
             ]
             assert all(value > 0 for value in numbers), row
+    segments = {(r["arm"], r["tokens"]): r for r in report["segments"]}
+    read = [("full", 64), ("ahn", 64), ("armt", 64), ("ahn", 128), ("armt", 128)]
+    assert list(segments) == read
+    assert [row["this_over_armt"] for row in segments.values() if row["arm"] == "armt"] == [1, 1]
+    assert [segments[place]["over_shortest"] for place in read[:3]] == [1, 1, 1]
+    assert segments["ahn", 128]["full_over_this"] is None  # there is no full attention to compare
+    assert segments["armt", 64]["cache_bytes"] == segments["armt", 128]["cache_bytes"]
     own = [r for r in report["prefill"] + report["decode"] if r["arm"] == "full"]
     assert all(r["full_over_this"] == 1 for r in own)
     printed = capsys.readouterr().out
-    assert all(f"{section}:" in printed for section in ("prefill", "decode", "overhead", "rules"))
+    sections = ("prefill", "segments", "decode", "overhead", "rules")
+    assert all(f"{section}:" in printed for section in sections)
     assert [file.name for file in tmp_path.iterdir() if "partial" in file.name] == []
 
 

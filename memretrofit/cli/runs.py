@@ -18,7 +18,9 @@ def train(
             metavar="[KEY=VALUE]...", help="E.g. train.max_steps=50", show_default=False
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/train"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path(
+        "runs/train"
+    ),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from its last checkpoint.")
     ] = False,

@@ -34,7 +34,9 @@ ARM_TABLE = {
         "patched, untrained", Line("#999999", "--", 1.4), is_control=True, of_text=True
     ),
     "trained": ArmInfo("patched, trained", Line("#0072B2", "-", 2.4), of_text=True),
-    "zeroed": ArmInfo("trained, memory left out", Line("#D55E00", ":", 1.8), is_control=True),
+    "zeroed": ArmInfo(
+        "trained, memory left out", Line("#D55E00", ":", 1.8), is_control=True, of_text=True
+    ),
     "no_write": ArmInfo(
         "trained, writes disabled", Line("#E69F00", ":", 1.8), is_control=True, of_text=True
     ),
@@ -65,6 +67,7 @@ class Difference(NamedTuple):
 DIFFERENCES = {
     ("trained", "shuffled"): Difference("memory gain", is_gain=True),
     ("trained", "window"): Difference("over the window", is_gain=True),
+    ("trained", "zeroed"): Difference("over no memory", is_gain=True),
     ("trained", "no_write"): Difference("over writing nothing", is_gain=True),
     ("full", "trained"): Difference("still lost to full attention", is_gain=False),
     # `stale` rows still read and write their own text, so this is no gain of having the right one.

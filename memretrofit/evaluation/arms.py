@@ -6,6 +6,8 @@ second copy of the weights.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -15,34 +17,63 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from memretrofit.evaluation.arm_table import ARMS
 from memretrofit.evaluation.likelihood import Arm
 from memretrofit.hub.adapter import is_peft
 from memretrofit.patching.controls import (
     intercepted,
     memory_disabled,
+    memory_silenced,
     state_shuffled,
     writes_disabled,
 )
+from memretrofit.patching.ledger import detach, ledger_of
+from memretrofit.patching.segment_visit import SegmentLedger
 from memretrofit.patching.surgery import attention_ledger_of
-from memretrofit.retrofit import memory_parameters
+from memretrofit.patching.wrapping import unwrapped
+from memretrofit.retrofit import memory_parameters, patch
 
 
 def arms_of(model: PreTrainedModel, untrained: Mapping[str, Tensor]) -> dict[str, Arm]:
-    """The six arms of `memretrofit.evaluation.ARMS` for a patched and trained model.
+    """The arms of `memretrofit.evaluation.ARMS` that a patched and trained model has.
 
     `full` is the base model; `window` its own attention over sinks and window, without any of the
     memory's code; `untrained` the memory with the values of a fresh patch; `trained` the model as
-    it stands; `no_write` the same with nothing folded; `shuffled` the same with every row reading
-    the state of the next row.
+    it stands; `zeroed` the same where each segment is read alone; `no_write` where nothing is
+    folded; `shuffled` where every row reads the state of the next row. A model has `window` if its
+    memory has one, and else `zeroed`.
     """
-    return {
+    silent: dict[str, Arm] = (
+        {"window": partial(intercepted, model, lambda call: (call.near(), None))}
+        if has_window(model)
+        else {"zeroed": partial(memory_silenced, model)}
+    )
+    arms: dict[str, Arm] = {
         "full": partial(_base, model),
-        "window": partial(intercepted, model, lambda call: (call.near(), None)),
         "untrained": partial(memory_values, model, untrained),
         "trained": nullcontext,
         "no_write": partial(writes_disabled, model),
         "shuffled": partial(state_shuffled, model),
-    }
+    } | silent
+    return {name: arms[name] for name in ARMS if name in arms}
+
+
+def has_window(model: Any) -> bool:
+    """Whether what the memory stands beside is attention over a sliding window."""
+    return "window" in ledger_of(model).heeds
+
+
+def holds_state(model: Any) -> bool:
+    """Whether the memory of a patched model carries anything.
+
+    Raises:
+        StateError: it is of a family that no task is asked of.
+    """
+    ledger = ledger_of(model)
+    if isinstance(ledger, SegmentLedger):
+        return bool(ledger.begin(1))
+    seams = attention_ledger_of(model).seams.values()
+    return any(seam.memory.state_nbytes(1) for seam in seams)
 
 
 @contextmanager
@@ -70,12 +101,11 @@ def fresh_values(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
 
     Nothing about the model changes, nor about the random state of torch.
     """
-    ledger = attention_ledger_of(model)
+    inner: Any = unwrapped(model)
+    shared = {id(x): x for x in itertools.chain(inner.parameters(), inner.buffers())}
+    twin = copy.deepcopy(inner, shared)  # the very weights, and modules of its own
+    config = ledger_of(twin).config
+    detach(twin)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return {
-            f"{site.name}.memory.{name}": parameter.data.to(ledger.device_of(site))
-            for site in ledger.sites
-            if site.name in ledger.seams
-            for name, parameter in ledger.make_memory(site).named_parameters()
-        }
+        return {name: p.data for name, p in memory_parameters(patch(twin, config)).items()}

@@ -20,6 +20,7 @@ from torch import Tensor
 from memretrofit.data import RowDataset, load_documents, split_documents
 from memretrofit.data.lessons import Lesson, read_lessons
 from memretrofit.errors import ConfigError
+from memretrofit.evaluation.bank_reads import measure_reads, reads_table
 from memretrofit.evaluation.likelihood import Arm, batches_of, compare_arms
 from memretrofit.evaluation.reader import Reading, read
 from memretrofit.evaluation.scoring import strict_match
@@ -227,16 +228,27 @@ def evaluate_bank(directory: Path, recipe: Recipe, output: Path) -> dict[str, An
     tokenizer = tokenizer_of(read_record(directory).base)
     model = from_pretrained(directory).eval()
     with torch.no_grad():
+        prose = held_out_prose(recipe, tokenizer)
         results: dict[str, Any] = {
             "lessons": len(lessons),
             "recall": measure_recall(model, tokenizer, lessons, console),
-            "prose": measure_prose(
-                model, held_out_prose(recipe, tokenizer), recipe.evaluate, console
-            ),
+            "prose": measure_prose(model, prose, recipe.evaluate, console),
+            "access": {
+                words: measure_reads(model, texts)
+                for words, texts in (
+                    ("prompts of the lessons", _prompt_ids(tokenizer, lessons)),
+                    ("prose", prose),
+                )
+            },
             "sizes": sizes(model),
         }
     write_results(directory, results, output)
     return results
+
+
+def _prompt_ids(tokenizer: Any, lessons: Sequence[Lesson]) -> list[Tensor]:
+    contexts = [context for lesson in lessons for context in lesson.contexts]
+    return [torch.tensor(tokenizer(context)["input_ids"]) for context in contexts]
 
 
 def write_results(directory: Path, results: dict[str, Any], output: Path) -> None:
@@ -304,7 +316,8 @@ def summary(results: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]
         f"{size['opened_rows']:,} of {size['rows']:,} rows were trained: "
         f"{size['row_parameters']:,} numbers, and {size['dense_parameters']:,} dense parameters."
     ]
-    return notes, [recalled, forgotten]
+    access = results.get("access")
+    return notes, [recalled, forgotten, *([reads_table(access)] if access else [])]
 
 
 def _prose_row(entry: Mapping[str, Any]) -> list[str]:

@@ -36,7 +36,7 @@ def bench_prefill(
     and milliseconds per token of decoding on that cache.
     """
     rows = []
-    with _processes(folder, arms) as ask:
+    with processes(folder, arms) as ask:
         for name in arms:
             ask(name, 64)  # each process allocates its buffers once
         for tokens in sorted(lengths):
@@ -78,12 +78,14 @@ class Reading:
 
 
 @torch.no_grad()
-def read_once(model: PreTrainedModel, tokens: int, steps: int = 3) -> Reading:
-    """Prefill `tokens` in one forward and decode a few."""
+def read_once(
+    model: PreTrainedModel, tokens: int, chunk_size: int | None = None, steps: int = 3
+) -> Reading:
+    """Prefill `tokens`, so many in one forward (None: all), and decode a few."""
     ids, token = random_ids(model, tokens), torch.zeros(1, 1, dtype=torch.long)
     before = reset_peak()
     start = time.perf_counter()
-    cache, _ = prefill(model, ids, chunk_size=None)
+    cache, _ = prefill(model, ids, chunk_size=chunk_size)
     seconds = time.perf_counter() - start
     peak, size = peak_bytes() - before, cache_bytes(cache)
     after = take_turns(
@@ -93,18 +95,22 @@ def read_once(model: PreTrainedModel, tokens: int, steps: int = 3) -> Reading:
 
 
 @contextmanager
-def _processes(folder: Path, arms: Mapping[str, Arm]) -> Iterator[Callable[[str, int], Reading]]:
-    """One process per arm, idle until asked for a prefill of so many tokens."""
+def processes(
+    folder: Path, arms: Mapping[str, Arm], chunk_size: int | None = None
+) -> Iterator[Callable[[str, int], Reading]]:
+    """One process per arm, idle until asked for a prefill of so many tokens (`read_once`)."""
     context = multiprocessing.get_context("spawn")
-    ends, processes = {}, []
+    ends, started = {}, []
     for name, arm in arms.items():
         ends[name], theirs = context.Pipe()
         process = context.Process(
-            target=_serve, args=(theirs, folder, arm, torch.get_num_threads()), daemon=True
+            target=_serve,
+            args=(theirs, folder, arm, torch.get_num_threads(), chunk_size),
+            daemon=True,
         )
         process.start()
         theirs.close()
-        processes.append(process)
+        started.append(process)
 
     def ask(name: str, tokens: int) -> Reading:
         try:
@@ -113,7 +119,7 @@ def _processes(folder: Path, arms: Mapping[str, Arm]) -> Iterator[Callable[[str,
         except (EOFError, OSError):
             raise MemretrofitError(
                 f"the process of arm {name!r} ended while it read {tokens} tokens; if the machine "
-                "ran out of memory, choose shorter --lengths"
+                "ran out of memory, choose shorter lengths"
             ) from None
 
     try:
@@ -121,12 +127,12 @@ def _processes(folder: Path, arms: Mapping[str, Arm]) -> Iterator[Callable[[str,
     finally:
         for end in ends.values():
             end.close()
-        for process in processes:
+        for process in started:
             process.join(timeout=10)
             process.terminate()
 
 
-def _serve(pipe: Any, folder: Path, arm: Arm, threads: int) -> None:
+def _serve(pipe: Any, folder: Path, arm: Arm, threads: int, chunk_size: int | None) -> None:
     torch.set_num_threads(threads)
     model = arm.load(folder)
     while True:
@@ -134,4 +140,4 @@ def _serve(pipe: Any, folder: Path, arm: Arm, threads: int) -> None:
             tokens = pipe.recv()
         except EOFError:
             return
-        pipe.send(asdict(read_once(model, tokens)))
+        pipe.send(asdict(read_once(model, tokens, chunk_size)))

@@ -81,9 +81,9 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, quiet(figure.add_subplot())
 
 
-def finish(figure: Any, axes: Any, title: str, path: str | Path) -> None:
-    """Title the one axes of a figure, and write the PNG."""
-    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=10)
+def finish(figure: Any, axes: Any, title: str, path: str | Path, *, pad: float = 10) -> None:
+    """Title the one axes of a figure, `pad` points above it, and write the PNG."""
+    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=pad)
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
     save(figure, path)
@@ -98,8 +98,6 @@ def save(figure: Any, path: str | Path) -> None:
 
 def lines_by_length(axes: Any, lengths: Sequence[int], arms: Mapping[str, Sequence[float]]) -> None:
     """A line for each arm over lengths, on a logarithmic axis with a tick at each of them alone."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
     for number, (name, values) in enumerate(arms.items()):
         line = line_of(name, number)
         axes.plot(
@@ -111,6 +109,13 @@ def lines_by_length(axes: Any, lengths: Sequence[int], arms: Mapping[str, Sequen
             marker="o",
             markersize=4,
         )
+    ticks_at(axes, lengths)
+
+
+def ticks_at(axes: Any, lengths: Sequence[int]) -> None:
+    """A logarithmic axis of tokens with a tick at each length alone."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(lengths) / 1.15, max(lengths) * 1.15)
     axes.xaxis.set_major_locator(FixedLocator(list(lengths)))

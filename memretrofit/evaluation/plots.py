@@ -35,7 +35,7 @@ def plot_nll_by_position(
     Args:
         scores: arm -> scores of the same rows; names of `ARMS` get their usual colour.
         path: where the PNG goes.
-        window: first position from which something has been evicted (W + N); marked in the picture.
+        window: first position that lacks something (`exact_tokens`); marked in the picture.
         title: above the picture.
     """
     if not scores:
@@ -61,7 +61,7 @@ def plot_nll_by_position(
     axes.set_ylim(low - margin, high + 2 * margin)
     axes.set_xlim(0, length - 1)
     axes.annotate(
-        f"eviction starts (position {window})",
+        f"exact up to position {window}",
         (window, 1),
         xycoords=("data", "axes fraction"),
         xytext=(5, -5),

@@ -1,8 +1,8 @@
 """Measure a patched model on text that it was not trained on, and write down all of it.
 
 Four texts: what was held out of the training sources, and sources that training never saw; each as
-plain rows, and as rows in which a passage returns beyond the window. Six arms (`arms_of`). The
-headline is the memory gain: what is lost when each row reads another row's state.
+plain rows, and as rows in which a passage returns beyond the window. The arms are those of
+`arms_of`. The headline is the memory gain: what is lost when each row reads another row's state.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from memretrofit.config import exact_tokens
 from memretrofit.data import Document, RowDataset, load_documents, split_documents
 from memretrofit.description import cache_bytes_at
 from memretrofit.errors import ConfigError
-from memretrofit.evaluation.arms import Arm, arms_of, fresh_values
+from memretrofit.evaluation.arms import Arm, arms_of, fresh_values, has_window
 from memretrofit.evaluation.cost import decode_ms_per_token
 from memretrofit.evaluation.likelihood import Scores, compare_arms
 from memretrofit.evaluation.plots import plot_cache_bytes, plot_nll_by_position
@@ -28,7 +28,7 @@ from memretrofit.patching.controls import memory_disabled, window_override
 from memretrofit.recipe import Recipe
 from memretrofit.retrofit import memory_parameters, patched_config
 
-OF_THE_MEMORY = ("trained", "no_write", "shuffled")
+OF_THE_MEMORY = ("trained", "zeroed", "no_write", "shuffled")
 """Arms that differ between two trained memories of one base."""
 CACHE_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 COST_TOKENS = 8
@@ -82,11 +82,19 @@ def measure(
         known: scores of another memory of the same base on the same texts. What does not depend
             on the memory (`full`, `window`) is taken from there, `untrained` is left out because a
             fresh memory is silent, and KL, which needs the teacher, is not measured again.
+
+    Raises:
+        ConfigError: other windows are asked for, of a memory that has none.
     """
     section, config = recipe.evaluate, patched_config(model)
+    if section.windows and not has_window(model):
+        raise ConfigError(
+            f"evaluate.windows={list(section.windows)}: {config} has no window; leave them out"
+        )
     exact = exact_tokens(config) or 0
     every = arms_of(model, fresh_values(model, recipe.train.seed))
-    chosen = every if known is None else {name: every[name] for name in OF_THE_MEMORY}
+    own = [name for name in every if known is None or name in OF_THE_MEMORY]
+    chosen = {name: every[name] for name in own}
     teacher = chosen.get("full")
     scores: dict[str, dict[str, Scores]] = {}
     results: dict[str, Any] = {"texts": {}}
@@ -100,7 +108,7 @@ def measure(
             batch_size=section.batch_size,
         )
         if known is not None:
-            scores[text] |= {name: known[text][name] for name in ("full", "window")}
+            scores[text] |= {n: known[text][n] for n in ("full", "window") if n in known[text]}
         repeats = bool((repeat_start < rows.shape[1]).all())
         results["texts"][text] = summarise(
             scores[text],

@@ -6,6 +6,7 @@
     nats its share   = memory gain / (NLL(window) - NLL(full))   of what the window loses gap
     closure = (NLL(window) - NLL(trained)) / (NLL(window) - NLL(full))
 
+A memory that stands beside no window has `zeroed`, each segment alone, in the place of `window`.
 Gap closure also counts a general correction that any text's state would give; the memory gain does
 not.
 """
@@ -55,7 +56,7 @@ class Summary:
     kl: dict[str, Interval]
     """Divergence from full attention of each arm past the window, nats per token."""
     window_loss: Interval | None
-    """NLL(window) - NLL(full): what there is to win."""
+    """NLL(window) - NLL(full): what there is to win; of `zeroed` where there is no window."""
     memory_gain: Interval | None
     memory_gain_share: Interval | None
     gap_closure: Interval | None
@@ -174,13 +175,15 @@ def summarise(
         if torch.isfinite(scores[name].kl[mask]).all()
     }
 
+    floor = "window" if "window" in nll else "zeroed"
+
     def difference(a: str, b: str) -> Interval | None:
         return resampling.difference(nll[a], nll[b]) if a in nll and b in nll else None
 
     def share(a: str, b: str) -> Interval | None:
-        if not {a, b, "window", "full"} <= nll.keys():
+        if not {a, b, floor, "full"} <= nll.keys():
             return None
-        return resampling.ratio(nll[a] - nll[b], nll["window"] - nll["full"])
+        return resampling.ratio(nll[a] - nll[b], nll[floor] - nll["full"])
 
     return Summary(
         sequences=rows,
@@ -188,10 +191,10 @@ def summarise(
         level=level,
         nll={name: resampling.mean(values) for name, values in nll.items()},
         kl={name: resampling.mean(values) for name, values in kl.items()},
-        window_loss=difference("window", "full"),
+        window_loss=difference(floor, "full"),
         memory_gain=difference("shuffled", "trained"),
         memory_gain_share=share("shuffled", "trained"),
-        gap_closure=share("window", "trained"),
+        gap_closure=share(floor, "trained"),
         write_gain=difference("no_write", "trained"),
         nll_by_sequence={name: values.tolist() for name, values in nll.items()},
     )

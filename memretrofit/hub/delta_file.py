@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from memretrofit.errors import CheckpointError, StateError
 from memretrofit.hub.folder import sync
 from memretrofit.hub.mapped import Written, write_pieces
 from memretrofit.hub.tensors import damaged, read_header, read_tensors
+from memretrofit.modules.bank import tensors_sha256
 from memretrofit.modules.table import Table
 
 FORMAT = "memretrofit.delta.1"
@@ -69,7 +70,12 @@ def save_delta(tables: Mapping[str, Table], path: str | Path, *, meaning: str = 
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(prefix=".saving-", dir=path.parent)
         os.close(handle)
-        metadata = {"kind": FORMAT, "tables": json.dumps(about), "meaning": meaning}
+        metadata = {
+            "kind": FORMAT,
+            "tables": json.dumps(about),
+            "meaning": meaning,
+            "sha256": _sha256(tables, about),
+        }
         write_pieces(Path(draft), tensors, metadata)
         sync(Path(draft))
         os.replace(draft, path)
@@ -122,7 +128,26 @@ def load_delta(
                 "trained on, or train it again on this one."
             )
     tensors = read_tensors(path)
-    return {name: _checked(path, name, tables[name], tensors) for name in about}
+    found = {name: _checked(path, name, tables[name], tensors) for name in about}
+    # an edit may be shared alone, and then no record of a folder vouches for it
+    if metadata.get("sha256", "") not in ("", tensors_sha256(sorted(tensors.items()))):
+        raise damaged(path, "its content is not what was saved")
+    return found
+
+
+def _sha256(tables: Mapping[str, Table], names: Iterable[str]) -> str:
+    found = {
+        f"{name}.{end}": x
+        for name in names
+        for end, x in zip(_ENDS, _of(tables[name]), strict=True)
+    }
+    return tensors_sha256(sorted(found.items()))
+
+
+def _of(table: Table) -> tuple[Tensor, Tensor]:
+    assert table.delta_index is not None
+    assert table.delta is not None
+    return table.delta_index, table.delta
 
 
 def _checked(path: Path, name: str, table: Table, tensors: Mapping[str, Tensor]) -> Delta:

@@ -28,19 +28,17 @@ Reduces to: the base model at O = 0; `memory_plus` without its gate, for one lay
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 from transformers import PreTrainedModel
 
-from memretrofit.config import MethodConfig, Range
+from memretrofit.config import MethodConfig
 from memretrofit.modules.model_spec import ModelSpec
 from memretrofit.modules.placement import middle
 from memretrofit.modules.product_key import (
     ProductKeyBank,
     ProductKeyRead,
-    ProductKeys,
+    SlotSizes,
     own_table,
-    slot_faults,
 )
 from memretrofit.patching.ffn import patch_banks
 
@@ -50,33 +48,11 @@ IDENTITY = "full"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProductKeyConfig(MethodConfig):
-    """How many slots there are, and how many a token reads."""
+class ProductKeyConfig(SlotSizes, MethodConfig):
+    """How many slots each layer has, and how many a token reads."""
 
-    num_slots: Annotated[int, Range(least=1)] = 65_536
-    """Values of each layer; the square of the keys in a half."""
-    num_heads: Annotated[int, Range(least=1)] = 4
-    """Queries of a token; each chooses for itself, and all read the same values."""
-    key_dim: Annotated[int, Range(least=2)] = 256
-    """K of each head, both halves together."""
-    top_k: int = 32
-    """Slots that a head reads; at most the keys in a half."""
-    value_dim: Annotated[int | None, Range(least=1)] = None
-    """D; None for the width of the model."""
-    null_slot: bool = False
-    """Whether a head may read less than top_k slots, or none."""
-    starts_at_zero: Literal["rows", "projection"] = "projection"
-    """What is zero until it is trained: the values, or the map O."""
     layers_to_transform: tuple[int, ...] | None = None
     """Layers that read, each with values of its own; None for the middle one."""
-    seed: Annotated[int, Range(least=0)] = 0
-    """Of values that start at random."""
-    hot_bytes: int = 0
-    """Bytes on the device, for each layer, of values that were read last, if they lie elsewhere."""
-
-    def problems(self) -> list[str]:
-        """Slots are pairs of half keys."""
-        return slot_faults(self.num_slots, self.key_dim, self.top_k)
 
 
 LARGE_MEMORY_LAYER = ProductKeyConfig(num_slots=262_144, key_dim=512)
@@ -92,34 +68,12 @@ def patch_product_key(model: PreTrainedModel, config: ProductKeyConfig) -> None:
     Raises:
         UnsupportedModelError, ConfigError, NoTargetError, StateError: see `memretrofit.patch`.
     """
-    silent = config.starts_at_zero == "projection"
 
     def make_bank(spec: ModelSpec) -> ProductKeyBank:
-        value_dim = config.value_dim or spec.hidden_size
-        return ProductKeyBank(
-            names=[own_table(layer) for layer in spec.layers],
-            num_slots=config.num_slots,
-            value_dim=value_dim,
-            std=value_dim**-0.5 if silent else 0.0,
-            seed=config.seed,
-            hot_bytes=config.hot_bytes,
-        )
+        names = [own_table(layer) for layer in spec.layers]
+        return ProductKeyBank(config, names=names, hidden_size=spec.hidden_size)
 
     def make_read(spec: ModelSpec, layer: int, number: int) -> ProductKeyRead:
-        keys = ProductKeys(
-            hidden_size=spec.hidden_size,
-            num_slots=config.num_slots,
-            num_heads=config.num_heads,
-            key_dim=config.key_dim,
-            top_k=config.top_k,
-            null_slot=config.null_slot,
-        )
-        return ProductKeyRead(
-            keys=keys,
-            table=own_table(layer),
-            hidden_size=spec.hidden_size,
-            value_dim=config.value_dim or spec.hidden_size,
-            silent=silent,
-        )
+        return ProductKeyRead(config, table=own_table(layer), hidden_size=spec.hidden_size)
 
     patch_banks(model, config, make_bank, make_read, place="ffn", choose=middle)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,9 @@ class Tokens:
     """The tokens of a forward behind those that came before in their rows."""
 
     ids: Tensor
-    """[B, P + T] the row so far; `PAD` where there is no token."""
+    """[B, P + T] the row so far, or as much of it as the bank's `Reach` asks for; `PAD` where there
+    is no token.
+    """
     new: int
     """T: the last so many are read in this forward."""
     routes: Tensor | None = None
@@ -41,6 +43,22 @@ class Tokens:
     def of(cls, text: Tensor) -> Tokens:
         """One text [T] of ids, read at once."""
         return cls(ids=text[None], new=len(text))
+
+
+class Reach(NamedTuple):
+    """Which of the tokens that came before the new ones a look-up needs."""
+
+    end: Literal["first", "last"]
+    """The first ones that there are of a row, or the columns right before the new ones."""
+    length: int
+
+
+def first_tokens(ids: Tensor, count: int) -> Tensor:
+    """The first `count` tokens that there are in each row of `ids` [B, P], `PAD` behind them."""
+    real = ids != PAD
+    place = (real.cumsum(-1) - 1).masked_fill(~real, count).clamp(max=count)
+    # one more column takes all others
+    return ids.new_full((len(ids), count + 1), PAD).scatter_(1, place, ids)[:, :count]
 
 
 def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -98,6 +116,8 @@ class Preparation:
 class MemoryBank(nn.Module):
     """Rows for a whole model, and the rule that says which of them a token reads."""
 
+    reach = Reach("last", 0)
+    """What `forward` reads of a row beside its new tokens."""
     has_routes: bool = False
     """Whether a conversation reads at a place that the user may pin (`Tokens.routes`)."""
 
@@ -114,6 +134,13 @@ class MemoryBank(nn.Module):
         hidden states.
         """
         return {}
+
+    def prefetch(self, tokens: Tokens) -> None:
+        """Start to read what `forward` will ask for with these tokens, while something else is
+        computed. What is read is the same without it.
+        """
+        for name, index in self.addresses(tokens).items():
+            self.table(name).prefetch(index)
 
     def wrong_routes(self, tokens: Tokens) -> Tensor | None:
         """[B, depth] a route for each row that is not the one its text takes at its end, for

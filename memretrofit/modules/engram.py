@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memretrofit.errors import StateError
-from memretrofit.modules.bank import PAD, BankRead, MemoryBank, Preparation, Read, Tokens, is_real
+from memretrofit.modules.bank import (
+    PAD,
+    BankRead,
+    MemoryBank,
+    Preparation,
+    Reach,
+    Read,
+    Tokens,
+    is_real,
+)
 from memretrofit.modules.table import FreshRows, Table
 from memretrofit.ops.ngram import distinct_primes, hash_ngrams, odd_multipliers, recent_tokens
 
@@ -65,6 +74,7 @@ class NgramBank(MemoryBank):
         rows = FreshRows(int(primes.sum()), (value_dim,), torch.float32, seed, std)
         super().__init__({ROWS: Table(rows, hot_bytes=hot_bytes)})
         self.layers, self.orders, self.seed = tuple(layers), ngram_orders, seed
+        self.reach = Reach("last", max(ngram_orders) - 1)
         # until a tokenizer is seen every token is its own, and padding is one more
         self.register_buffer("token_map", torch.arange(vocab_size))
         self.register_buffer("pad", torch.tensor(vocab_size))

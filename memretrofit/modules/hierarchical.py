@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from memretrofit.errors import StateError
-from memretrofit.modules.bank import PAD, BankRead, MemoryBank, Preparation, Read, Tokens, is_real
+from memretrofit.modules.bank import (
+    PAD,
+    BankRead,
+    MemoryBank,
+    Preparation,
+    Reach,
+    Read,
+    Tokens,
+    first_tokens,
+    is_real,
+)
 from memretrofit.modules.router import Router, Separation
 from memretrofit.modules.table import FreshRows, Table
 from memretrofit.ops.tree import children_of, nodes_of
@@ -28,37 +39,55 @@ class Part:
     end: int
     """The column behind the last one; it begins where the part before ends."""
     paths: tuple[int, ...]
-    """Places in `Blocks.rows`."""
+    """Numbers of paths in `LayerBlocks`."""
+
+
+class LayerBlocks(NamedTuple):
+    """Of one layer, the blocks of U distinct paths: those of a path's levels behind each other, and
+    zeros behind those of a path that is shorter than the longest one that there may be.
+    """
+
+    inner: Tensor
+    """[U, E, 2 R] gate and up."""
+    output: Tensor
+    """[U, R, E]"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
     """What the new tokens found."""
 
-    rows: list[Tensor]
-    """[layers, 3, R, E] of each distinct path: the blocks of its levels behind each other."""
-    which: Tensor
-    """[B, T] the path of each token; -1 where it reads none."""
+    layers: tuple[LayerBlocks, ...]
     where: Tensor | None
     """[B, T] bool: tokens that read a path; None where all do."""
-    parts: list[list[Part]]
-    """Of each row, which cover its columns."""
+    each: Tensor | None = None
+    """[B] the path of each row, where no row reads two; None: row b reads path b of B, or all rows
+    the only one.
+    """
+    which: Tensor | None = None
+    """[B, T] the path of each token, -1 where it reads none, where a row may read several."""
+    parts: tuple[tuple[Part, ...], ...] = ()
+    """Of each row, which cover its columns; none where no row reads two paths."""
+
+
+Path = tuple[int, ...]
+"""A node of each level, -1 behind the last one."""
 
 
 @dataclass(kw_only=True)
 class _Held:
     """Blocks that were joined before, and what they were joined from."""
 
-    state: list[tuple[Any, ...]] = field(default_factory=list)
-    blocks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    state: tuple[Any, ...] = ()
+    layers: tuple[LayerBlocks, ...] = ()
 
-    def same(self, other: _Held) -> bool:
-        """Whether both were joined from the same rows; the objects themselves are compared."""
-        mine, others = sum(self.state, ()), sum(other.state, ())
-        return len(mine) == len(others) and all(
-            x is y or (isinstance(x, int | torch.dtype | torch.device) and x == y)
-            for x, y in zip(mine, others, strict=True)
+    def of(self, state: tuple[Any, ...]) -> tuple[LayerBlocks, ...]:
+        """The blocks, if they were joined from the same rows: the very objects are compared."""
+        same = len(self.state) == len(state) and all(
+            x is y or (not isinstance(x, Tensor) and x == y)
+            for x, y in zip(self.state, state, strict=True)
         )
+        return self.layers if same else ()
 
 
 class HierarchicalBank(MemoryBank):
@@ -98,6 +127,9 @@ class HierarchicalBank(MemoryBank):
             tables[GENERIC] = table(1, generic_size, 0)
         super().__init__(tables)
         self.branching, self.route_tokens = branching, route_tokens
+        self.reach = Reach("first", route_tokens)
+        self.longest = max(sum(block_sizes), generic_size)
+        """R of the longest path."""
         self.router = Router(
             embedding=embedding, branching=branching, route_tokens=route_tokens, seed=seed
         )
@@ -134,8 +166,30 @@ class HierarchicalBank(MemoryBank):
 
     def forward(self, tokens: Tokens) -> Blocks | None:
         """The blocks of the new tokens; None where all of them abstain."""
-        nodes, pinned_from = self._nodes(tokens)
+        nodes, order = self._nodes(tokens)
         real = is_real(tokens)
+        changing = self._changing(order) if tokens.routes is None and tokens.new > 1 else []
+        if any(changing):
+            return self._of_tokens(nodes, real, changing)
+        return self._of_rows(nodes[:, -1], real)
+
+    def _of_rows(self, nodes: Tensor, real: Tensor) -> Blocks | None:
+        """Of rows, each of which reads the path [B, levels] at all its new tokens."""
+        paths = [tuple(path) for path in nodes.tolist()]
+        reads = [bool(self._rows_of(path)) for path in paths]
+        used = list(dict.fromkeys(path for path, one in zip(paths, reads, strict=True) if one))
+        if not used:
+            return None
+        where = each = None
+        if not (all(reads) and real.all()):
+            where = real & torch.tensor(reads, device=real.device)[:, None]
+        if len(used) > 1 and used != paths:
+            place = [used.index(path) if path in used else 0 for path in paths]
+            each = torch.tensor(place, device=real.device)
+        return Blocks(layers=self._gather(used), where=where, each=each)
+
+    def _of_tokens(self, nodes: Tensor, real: Tensor, changing: list[int]) -> Blocks | None:
+        """Of tokens [B, T, levels], the path of which is fixed from the columns `changing` on."""
         distinct, which = nodes.flatten(0, 1).unique(dim=0, return_inverse=True)
         which = which.view(real.shape)
         paths = [tuple(path) for path in distinct.tolist()]
@@ -146,13 +200,12 @@ class HierarchicalBank(MemoryBank):
         place = torch.full((len(paths),), -1, device=which.device)
         place[used] = torch.arange(len(used), device=which.device)
         which = place[which].masked_fill(~real, -1)
-        parts = [_parts(row, begin) for row, begin in zip(which, pinned_from, strict=True)]
         where = which >= 0
         return Blocks(
-            rows=self._gather([paths[n] for n in used]),
-            which=which,
+            layers=self._gather([paths[n] for n in used]),
             where=None if where.all() else where,
-            parts=parts,
+            which=which,
+            parts=tuple(_parts(row, begin) for row, begin in zip(which, changing, strict=True)),
         )
 
     def addresses(self, tokens: Tokens) -> dict[str, Tensor]:
@@ -184,23 +237,22 @@ class HierarchicalBank(MemoryBank):
         levels = ((f"level_{n}", node) for n, node in enumerate(path, start=1) if node >= 0)
         return [(name, node) for name, node in levels if name in self.tables]
 
-    def _nodes(self, tokens: Tokens) -> tuple[Tensor, list[int]]:
-        """Node numbers [B, T, levels] of the new tokens, -1 to abstain, and for each row the column
-        from which on its path is fixed.
+    def _nodes(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Node numbers [B, T, levels] of the new tokens, -1 to abstain, and how many tokens of
+        their rows came before each of them [B, T]; of many, no fewer than `route_tokens`.
         """
-        real, new = tokens.ids != PAD, tokens.new
+        real, new, last = tokens.ids != PAD, tokens.new, self.route_tokens - 1
+        order = real.cumsum(-1) - 1
         if tokens.routes is not None:
             nodes = nodes_of(self._checked(tokens.routes), self.branching)
-            return nodes[:, None].expand(-1, new, -1).to(real.device), [0] * len(real)
-        last = self.route_tokens - 1
-        order = real.cumsum(-1) - 1
-        first = real & (order <= last)
-        prefixes = tokens.ids.new_full((len(real), last + 1), PAD)
-        prefixes[first.nonzero()[:, 0], order[first]] = tokens.ids[first]
-        order = order[:, order.shape[1] - new :]
-        routed = self._routed(prefixes)
+            return nodes[:, None].expand(-1, new, -1).to(real.device), order[:, -new:]
+        routed, order = self._routed(first_tokens(tokens.ids, last + 1)), order[:, -new:]
         place = order.clamp(0, last)[..., None].expand(-1, -1, routed.shape[-1])
-        return routed.gather(1, place), (order < last).sum(-1).tolist()
+        return routed.gather(1, place), order
+
+    def _changing(self, order: Tensor) -> list[int]:
+        """For each row the column from which on its path is fixed."""
+        return (order < self.route_tokens - 1).sum(-1).tolist()
 
     def _routed(self, prefixes: Tensor) -> Tensor:
         """A conversation asks for the same beginnings at every token."""
@@ -225,29 +277,38 @@ class HierarchicalBank(MemoryBank):
             )
         return routes
 
-    def _gather(self, paths: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """[layers, 3, R, E] of each path."""
-        wanted = {path: self._rows_of(path) for path in paths}
+    def _gather(self, paths: Sequence[Path]) -> tuple[LayerBlocks, ...]:
+        """The blocks of distinct paths, for each layer."""
         dtype, device = self._embedding().dtype, self.router.mean.device
         if torch.is_grad_enabled() and any(t.opened for _, t in self.each_table()):
-            return [self._joined(rows, dtype, device) for rows in wanted.values()]
+            return self._joined(paths, dtype, device)
         # a conversation reads the same few paths at every token: those of the last forward are kept
-        held = _Held(state=[*(_state(table) for _, table in self.each_table()), (dtype, device)])
-        known = self._held.blocks if held.same(self._held) else {}
-        for path, rows in wanted.items():
-            ready = known.get(path)
-            held.blocks[path] = self._joined(rows, dtype, device) if ready is None else ready
-        self._held = held
-        return list(held.blocks.values())
+        tables = (_state(table) for _, table in self.each_table())
+        state = (*chain.from_iterable(tables), dtype, device, tuple(paths))
+        layers = self._held.of(state)
+        if not layers:
+            layers = self._joined(paths, dtype, device)
+            self._held = _Held(state=state, layers=layers)
+        return layers
 
     def _joined(
-        self, rows: list[tuple[str, int]], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        found = [
-            self.table(name)(torch.tensor([row], device=device), dtype=dtype)[0]
-            for name, row in rows
-        ]
-        return torch.cat(found, dim=2)
+        self, paths: Sequence[Path], dtype: torch.dtype, device: torch.device
+    ) -> tuple[LayerBlocks, ...]:
+        blocks = [self._rows_of(path) for path in paths]
+        wanted: dict[str, set[int]] = {}
+        for name, row in chain.from_iterable(blocks):
+            wanted.setdefault(name, set()).add(row)
+        found: dict[tuple[str, int], Tensor] = {}
+        for name, rows in wanted.items():
+            index = torch.tensor(sorted(rows), device=device)
+            values = self.table(name)(index, dtype=dtype)
+            found |= {(name, row): x for row, x in zip(sorted(rows), values, strict=True)}
+        each = [torch.cat([found[block] for block in path], dim=2) for path in blocks]
+        joined = torch.stack([F.pad(x, (0, 0, 0, self.longest - x.shape[2])) for x in each])
+        return tuple(
+            LayerBlocks(block[:, :2].flatten(1, 2).transpose(1, 2), block[:, 2])
+            for block in joined.unbind(1)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be read again, for a copy."""
@@ -269,7 +330,7 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _parts(which: Tensor, begin: int) -> list[Part]:
+def _parts(which: Tensor, begin: int) -> tuple[Part, ...]:
     """The columns before `begin`, where paths change, and those from there on."""
     ends = [begin, len(which)] if 0 < begin < len(which) else [len(which)]
     found, start = [], 0
@@ -277,11 +338,16 @@ def _parts(which: Tensor, begin: int) -> list[Part]:
         paths = which[start:end].unique().tolist()
         found.append(Part(end=end, paths=tuple(path for path in paths if path >= 0)))
         start = end
-    return found
+    return tuple(found)
 
 
 class HierarchicalRead(BankRead):
-    """(f(x U1^T) * (x U2^T)) U3 for the rows U [R, E] of each token's path in this layer."""
+    """(f(x U1^T) * (x U2^T)) U3 for the rows U [R, E] of each token's path in this layer.
+
+    Where no row reads two paths, as in decoding, that is two batched products for all rows at once.
+    Elsewhere rows are computed apart, and of each row a part at a time. Either way sizes depend on
+    those of the batch alone: what a token gets does not depend on what others read.
+    """
 
     def __init__(self, number: int, activation: Callable[[Tensor], Tensor]) -> None:
         """`number`: which of the bank's layers this is. `activation`: the model's own f."""
@@ -289,33 +355,38 @@ class HierarchicalRead(BankRead):
         self.number, self._activation = number, activation
 
     def forward(self, hidden: Tensor, found: Blocks, past: Tensor | None) -> Read:
-        """Rows of a batch are computed apart, and of each row a part at a time: what a token gets
-        does not depend on what others read.
-        """
+        """Added to the FFN's output."""
+        blocks = LayerBlocks(*(x.to(hidden) for x in found.layers[self.number]))
+        where = None if found.where is None else found.where.to(hidden.device)
+        if found.which is None:
+            if found.each is not None:
+                blocks = LayerBlocks(*(x[found.each.to(x.device)] for x in blocks))
+            return Read(self._glu(hidden, blocks), where)
         which = found.which.to(hidden.device)
-        blocks = [rows[self.number].to(hidden) for rows in found.rows]
         added = [
             self._row(x, mine, parts, blocks)
             for x, mine, parts in zip(hidden, which, found.parts, strict=True)
         ]
-        where = None if found.where is None else found.where.to(hidden.device)
         return Read(torch.stack(added), where)
 
     def _row(
-        self, hidden: Tensor, which: Tensor, parts: list[Part], blocks: list[Tensor]
+        self, hidden: Tensor, which: Tensor, parts: tuple[Part, ...], blocks: LayerBlocks
     ) -> Tensor:
         pieces, start = [], 0
         for part in parts:
             x, mine = hidden[start : part.end], which[start : part.end]
-            piece = self._glu(x, blocks[part.paths[0]]) if part.paths else torch.zeros_like(x)
-            for path in part.paths[1:]:
-                one = self._glu(x, blocks[path])
-                piece = torch.where((mine == path)[:, None], one, piece)
+            piece = torch.zeros_like(x)
+            for number, path in enumerate(part.paths):
+                own = LayerBlocks(*(block[path : path + 1] for block in blocks))
+                one = self._glu(x[None], own)[0]
+                piece = torch.where((mine == path)[:, None], one, piece) if number else one
             pieces.append(piece)
             start = part.end
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _glu(self, x: Tensor, block: Tensor) -> Tensor:
-        """`block` [3, R, E]."""
-        gate, up = F.linear(x, block[:2].flatten(0, 1)).chunk(2, dim=-1)
-        return (self._activation(gate) * up) @ block[2]
+    def _glu(self, x: Tensor, blocks: LayerBlocks) -> Tensor:
+        """Of x [B, T, E], row b with path b of B, or all with the only one."""
+        if len(x) > len(blocks.inner):
+            blocks = LayerBlocks(*(block.expand(len(x), -1, -1) for block in blocks))
+        gate, up = torch.bmm(x, blocks.inner).chunk(2, dim=-1)
+        return torch.bmm(self._activation(gate) * up, blocks.output)

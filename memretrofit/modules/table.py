@@ -26,6 +26,7 @@ from memretrofit.errors import StateError
 from memretrofit.modules.fresh_rows import FreshRows
 from memretrofit.modules.hot_rows import HotRows
 from memretrofit.modules.row_sources import HeldRows, MappedRows, RowSource, Tier
+from memretrofit.modules.sparse_gather import SparseGather
 
 __all__ = ["FreshRows", "HeldRows", "MappedRows", "RowSource", "Table"]
 
@@ -108,12 +109,16 @@ class Table(nn.Module):
         source, flat = self.source, index.flatten()
         if not len(flat):
             return torch.empty(*index.shape, *self.shape, dtype=dtype, device=index.device)
-        if self.delta is None and not self.hot_bytes and isinstance(source, HeldRows):
+        if self._beside(index) and isinstance(source, HeldRows):
             if index.device.type == "cpu":
                 self._check(flat)
-            if source.tensor.device == index.device:  # a plain gather needs no distinct numbers
-                self.misses += len(flat)
-                return source.read(flat).view(*index.shape, *self.shape).to(dtype)
+            self.misses += len(flat)
+            rows = source.read(flat).to(dtype)
+            if self.delta is not None:
+                place, moving = self._open_places(flat)
+                learned = self.delta.index_select(0, place).to(dtype)
+                rows = torch.where(moving.view(-1, *[1] * len(self.shape)), learned, rows)
+            return rows.view(*index.shape, *self.shape)
         distinct, inverse = flat.unique(return_inverse=True)
         rows, order = self._rows(distinct, dtype)
         inverse = inverse if order is None else order[inverse]
@@ -121,16 +126,39 @@ class Table(nn.Module):
             rows = rows.index_select(0, inverse)
         return rows.view(*index.shape, *self.shape)
 
+    def _beside(self, index: Tensor) -> bool:
+        """Whether a plain gather will do: only a gradient and a bus ask for distinct numbers."""
+        if self.delta is not None and self.delta.requires_grad and torch.is_grad_enabled():
+            return False
+        held = isinstance(self.source, HeldRows) and self.source.tensor.device == index.device
+        return held and not self.hot_bytes
+
+    @property
+    def whole(self) -> Tensor | None:
+        """All rows, where they stand in one tensor and none is to learn from what is read."""
+        if self.delta is not None and self.delta.requires_grad and torch.is_grad_enabled():
+            return None
+        if self.opened == self.rows and self.delta is not None:
+            return self.delta.detach()
+        held = self.delta is None and not self.hot_bytes and isinstance(self.source, HeldRows)
+        return self.source.tensor if held and isinstance(self.source, HeldRows) else None
+
+    def _open_places(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Where rows would stand in the delta, and which of them do."""
+        assert self.delta_index is not None
+        known = self.delta_index.to(index.device)
+        place = torch.searchsorted(known, index).clamp_(max=len(known) - 1)
+        return place, known[place] == index
+
     def _rows(self, distinct: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Rows of sorted distinct numbers, and where each stands among them; None: in order."""
         if self.delta is None or self.delta_index is None:
             return self._fixed(distinct).to(dtype), None
-        place = torch.searchsorted(self.delta_index, distinct).clamp_(max=self.opened - 1)
-        moving = self.delta_index[place] == distinct
+        place, moving = self._open_places(distinct)
         at, rest = moving.nonzero()[:, 0], (~moving).nonzero()[:, 0]
         if not len(at):
             return self._fixed(distinct).to(dtype), None
-        learned = _Gather.apply(self.delta, place[at]).to(dtype)
+        learned = SparseGather.apply(self.delta, place[at]).to(dtype)
         if not len(rest):
             return learned, None
         order = torch.empty_like(distinct)
@@ -259,9 +287,7 @@ class Table(nn.Module):
         """Which of the rows `index` [...] may train, [...] bool on its device."""
         if self.delta_index is None:
             return torch.zeros_like(index, dtype=torch.bool)
-        known = self.delta_index.to(index.device)
-        place = torch.searchsorted(known, index.contiguous()).clamp_(max=len(known) - 1)
-        return known[place] == index
+        return self._open_places(index.contiguous())[1]
 
     def drop(self) -> None:
         """Forget the delta: every row is that of the source again."""
@@ -356,25 +382,6 @@ class Table(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be read again, for a copy."""
         return {**self.__dict__, "_hot": None, "_coming": None}
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of a parameter of any shape by distinct numbers; the gradient has only those."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = weight.shape
-        return weight.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (index,) = ctx.saved_tensors
-        # the numbers are sorted and distinct: no invariant to check, nothing to coalesce
-        grad = torch.sparse_coo_tensor(
-            index[None], grads[0], ctx.shape, is_coalesced=True, check_invariants=False
-        )
-        return grad, None
 
 
 def _counted(like: Tensor) -> Tensor:

@@ -102,10 +102,10 @@ def writes_disabled(model: PreTrainedModel):
 
 
 def memory_silenced(model: PreTrainedModel):
-    """Inside, a patched layer is the base model's attention over sinks and window: what leaves is
-    dropped, and the memory is neither read nor written.
+    """Inside, nothing is remembered: attention is over sinks and window, a segment is read as if it
+    were a text's first, a bank adds nothing, a vocabulary has no new class.
 
-    A cache that was filled inside has no memory of it afterwards.
+    What an attention memory did not write inside, its cache does not know afterwards.
     """
     return _set(model, silenced=True)
 

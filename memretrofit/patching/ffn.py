@@ -180,7 +180,7 @@ class _Look:
         _pin(history, switches.routes, len(ids))
         new = real_ids(ids, kwargs.get("attention_mask"))
         refuse_packing(new, kwargs.get("position_ids"))
-        before = history.ids
+        before = history.reached(self.ledger.bank.reach)
         joined = new if before is None else torch.cat([before, new], dim=1)
         looked = joined.roll(-1, dims=0) if switches.shuffled else joined
         tokens = Tokens(ids=looked, new=new.shape[1], routes=history.routes)

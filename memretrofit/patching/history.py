@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from memretrofit.errors import StateError
-from memretrofit.modules.bank import PAD
+from memretrofit.modules.bank import PAD, Reach, first_tokens
 from memretrofit.modules.rolling import RollingBuffer
 
 
@@ -27,23 +27,35 @@ class History:
     def __init__(self, owner: str) -> None:
         self.owner = owner
         self._ids = RollingBuffer()
+        self._opening: Tensor | None = None
+        """[B, count] the first tokens of each row, once they were asked for."""
         self._kept: dict[str, RollingBuffer] = {}
         self.routes: Tensor | None = None
         """[B, depth] what the rows were pinned to when they began; None: nothing was pinned."""
-
-    @property
-    def ids(self) -> Tensor | None:
-        """[B, P], `PAD` where there is no token; None before the first."""
-        view = self._ids.view
-        return None if view is None else view[..., 0].long()
 
     def __len__(self) -> int:
         view = self._ids.view
         return 0 if view is None else view.shape[-2]
 
-    def append(self, ids: Tensor) -> Tensor:
-        """Add the tokens [B, T] and return all [B, P + T]."""
-        return self._ids.append(ids[..., None].int())[..., 0].long()
+    def reached(self, reach: Reach) -> Tensor | None:
+        """Of all tokens those that a look-up needs, [B, n <= length]; None before the first. It
+        costs as much as these, however long the rows are.
+        """
+        view = self._ids.view
+        if view is None:
+            return None
+        if reach.end == "last":
+            return view[:, view.shape[1] - min(reach.length, view.shape[1]) :, 0].long()
+        if self._opening is None or self._opening.shape[1] != reach.length:
+            self._opening = first_tokens(view[..., 0].long(), reach.length)
+        return self._opening
+
+    def append(self, ids: Tensor) -> None:
+        """Add the tokens [B, T]."""
+        self._ids.append(ids[..., None].int())
+        opening = self._opening
+        if opening is not None and bool((opening == PAD).any()):
+            self._opening = first_tokens(torch.cat([opening, ids], dim=1), opening.shape[1])
 
     def past(self, name: str, count: int) -> Tensor | None:
         """[B, n <= count, D] what the layer `name` kept of the last tokens."""
@@ -56,11 +68,13 @@ class History:
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens."""
+        self._opening = None
         for buffer in self._buffers():
             buffer.crop(count)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Reorder, repeat or choose rows."""
+        self._opening = None
         for buffer in self._buffers():
             buffer.apply(function)
         self.routes = None if self.routes is None else function(self.routes)
@@ -68,7 +82,8 @@ class History:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(buffer.nbytes for buffer in self._buffers())
+        opening = 0 if self._opening is None else self._opening.nbytes
+        return opening + sum(buffer.nbytes for buffer in self._buffers())
 
     def _buffers(self) -> list[RollingBuffer]:
         held = [self._ids, *self._kept.values()]

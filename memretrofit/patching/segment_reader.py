@@ -11,6 +11,7 @@ and span.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Iterator
@@ -26,7 +27,6 @@ from transformers.cache_utils import Cache
 from memretrofit.errors import StateError, UnsupportedModelError
 from memretrofit.modules.bank import PAD
 from memretrofit.modules.segment_memory import Columns, Part, Past, State
-from memretrofit.patching.ffn_sites import decoder_of
 from memretrofit.patching.history import refuse_packing
 from memretrofit.patching.pieces import JOINED, Piece, Reader
 from memretrofit.patching.segment_visit import Visit, segment_ledger_of, visiting
@@ -62,7 +62,7 @@ class SegmentReader(Reader):
         super().__init__(model)
         self.segments = segment_ledger_of(model)
         self.memory, self.controls = self.segments.memory, self.segments.controls
-        self.decoder = decoder_of(model)[1]
+        self.decoder = self.segments.decoder
         self.contiguous = _slides(model)
         spans = self.memory.spans
         self.ends = list(itertools.accumulate(spans))
@@ -121,7 +121,7 @@ class SegmentReader(Reader):
             plan.call["input_ids"] = piece.ids
             del plan.call["inputs_embeds"]
         piece.call = {k: x for k, x in piece.call.items() if k not in OURS} | plan.call
-        if KEEP in inspect.signature(type(self.model).forward).parameters:
+        if _chooses_logits(type(self.model)):
             high = plan.opening + plan.tokens
             low = high - 1 if piece.wanted >= piece.high else plan.opening
             piece.call[KEEP] = torch.arange(low, high, device=embeds.device)
@@ -315,6 +315,11 @@ class SegmentReader(Reader):
             self.decoder(**self._call(openings.embeds, columns.real))
         session.extend(None, 0, openings.end)
         self._write(visit, 0, segments)
+
+
+@functools.cache
+def _chooses_logits(model: type[PreTrainedModel]) -> bool:
+    return KEEP in inspect.signature(model.forward).parameters
 
 
 def _slides(model: PreTrainedModel) -> bool:

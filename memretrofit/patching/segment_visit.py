@@ -31,6 +31,11 @@ class SegmentLedger(Ledger):
     seams: dict[str, Seat] = field(default_factory=dict)
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    @property
+    def decoder(self) -> nn.Module:
+        """What is given the columns and holds the layers."""
+        return next(seat.module for seat in self.seams.values() if seat.layer_idx is None)
+
     def begin(self, rows: int) -> State:
         """The state of conversations that have written nothing."""
         devices = {seat.layer_idx: seat.device for seat in self.seams.values()}

@@ -6,7 +6,9 @@ Here a memory is attached: hooks let the parts in layers read and write during t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -20,7 +22,14 @@ from memretrofit.patching.ledger import refuse_patched
 from memretrofit.patching.pieces import read_in_pieces
 from memretrofit.patching.seats import Seat, model_spec, placed
 from memretrofit.patching.segment_reader import SegmentReader
-from memretrofit.patching.segment_visit import EnterHook, LayerHook, SegmentLedger, note_hidden
+from memretrofit.patching.segment_visit import (
+    EnterHook,
+    LayerHook,
+    SegmentLedger,
+    note_hidden,
+    segment_ledger_of,
+)
+from memretrofit.patching.session import session_of
 
 MakeLayer = Callable[[ModelSpec, int, int], LayerMemory]
 """From the model, the layer's index and its number among the patched ones."""
@@ -77,6 +86,24 @@ def patch_segments(
         ]
     setattr(model, ATTRIBUTE, ledger)
     read_in_pieces(model, SegmentReader)
+    if hasattr(model, "_prepare_cache_for_generation"):
+        ledger.replace_method(
+            model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, model)
+        )
+
+
+def _prepare_cache(
+    model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+) -> Any:
+    """Put the session into the cache before `generate` decides what it may record or crop."""
+    original: Any = type(model)
+    result = original._prepare_cache_for_generation(model, generation_config, model_kwargs, *args)
+    ledger, cache = segment_ledger_of(model), model_kwargs.get("past_key_values")
+    if cache is not None and not ledger.controls.disabled:
+        session = session_of(cache, ledger.owner)
+        if generation_config.is_assistant:
+            session.activate_past_recording()
+    return result
 
 
 def _check_layers(model: PreTrainedModel) -> None:

@@ -39,6 +39,8 @@ def named_arguments(
     forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """The arguments of a call by name."""
+    if not args:
+        return dict(kwargs)
     signature = inspect.signature(forward)
     given = dict(signature.bind_partial(*args, **kwargs).arguments)
     for parameter in signature.parameters.values():

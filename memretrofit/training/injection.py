@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memretrofit.data import RowDataset, load_documents, split_documents
+from memretrofit.data import RowDataset
 from memretrofit.data.lessons import Item, items_of, read_lessons
 from memretrofit.modules.bank import Preparation, tensors_sha256
 from memretrofit.patching.ffn import bank_of
 from memretrofit.recipe import Recipe, TrainSection
 from memretrofit.retrofit import memory_parameters
 from memretrofit.training.inject import InjectSettings, InjectStep, inject
-from memretrofit.training.progress import StageProgress
+from memretrofit.training.stage import LocalStage, Report, training_documents
 
 GENERIC_TEXTS, GENERIC_TOKENS = 400, 128
 """Pieces of ordinary text, and their length, by which a bank learns what not to answer to."""
@@ -69,11 +69,8 @@ def generic_texts(recipe: Recipe, tokenizer: Any) -> list[Tensor]:
     Raises:
         ConfigError: a source is missing, or too short for one piece.
     """
-    documents = [d for source in recipe.data.sources for d in load_documents(source)]
-    kept, _ = split_documents(documents, recipe.data.held_out, recipe.train.seed)
-    rows = RowDataset(
-        kept, tokenizer, GENERIC_TOKENS, 0.0, recipe.train.seed, size=GENERIC_TEXTS
-    ).rows()[0]
+    kept, seed = training_documents(recipe), recipe.train.seed
+    rows = RowDataset(kept, tokenizer, GENERIC_TOKENS, 0.0, seed, size=GENERIC_TEXTS).rows()[0]
     return list(rows)
 
 
@@ -96,17 +93,36 @@ def inject_settings(section: TrainSection, **others: Any) -> InjectSettings:
     return InjectSettings(**{**values, **others})
 
 
-def run_injection(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    items: list[Item],
-    checkpoint: Path,
-    progress: StageProgress,
-) -> None:
-    """Train what the bank may change. See `inject` for errors."""
-    settings = inject_settings(recipe.train, fingerprint=_fingerprint(model, items))
+class Inject(LocalStage):
+    """What a bank may change learns the lessons."""
 
-    def report(step: InjectStep) -> None:
-        progress.advance(step.step, step.loss, learning_rate=step.learning_rate)
+    name = "inject"
 
-    inject(model, memory_parameters(model), items, settings, checkpoint=checkpoint, on_step=report)
+    def prepare(self, model: PreTrainedModel, tokenizer: Any) -> list[Item]:
+        """See `prepare_injection`."""
+        return prepare_injection(self.recipe, model, tokenizer)
+
+    def tokens(self, material: list[Item]) -> list[int]:
+        """Texts differ in length: their mean."""
+        section = self.section.inject
+        mean = sum(len(item.ids) for item in material) / len(material)
+        return [round(section.batch_size * mean)] * section.steps
+
+    def run(
+        self, model: Any, material: list[Item], checkpoints: Path, report: Report, resume: bool
+    ) -> Any:
+        """See `inject`."""
+
+        def tell(step: InjectStep) -> None:
+            report(step.step, step.loss, learning_rate=step.learning_rate)
+
+        settings = inject_settings(self.section, fingerprint=_fingerprint(model, material))
+        inject(
+            model,
+            memory_parameters(model),
+            material,
+            settings,
+            checkpoint=checkpoints / f"{self.name}.pt",
+            on_step=tell,
+        )
+        return model

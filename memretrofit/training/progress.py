@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ class RunLog:
         *whole, _ = self.path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in whole]
 
-    def rewind(self, stages: list[str], stage: str, step: int) -> list[dict[str, Any]]:
+    def rewind(self, stages: Sequence[str], stage: str, step: int) -> list[dict[str, Any]]:
         """Keep earlier stages and the steps of `stage` before `step`; return what is kept of it."""
         order = {name: number for number, name in enumerate(stages)}
         kept = [
@@ -53,19 +55,23 @@ class RunLog:
 
 
 class StageProgress:
-    """Counts tokens and time of one stage, logs each step and shows the rate and the time left."""
+    """Counts tokens and time of one stage, logs each step and shows the rate and the time left.
+
+    Args:
+        tokens: how many each step reads.
+    """
 
     def __init__(
         self,
         log: RunLog,
-        stages: list[str],
+        stages: Sequence[str],
         stage: str,
-        steps: int,
-        tokens_per_step: int,
+        tokens: Sequence[int],
         console: Console | None = None,
     ) -> None:
         self.log, self.stages, self.stage = log, stages, stage
-        self.steps, self.tokens_per_step = steps, tokens_per_step
+        self.steps = len(tokens)
+        self.read = [0, *itertools.accumulate(tokens)]
         self.console = console or Console(stderr=True)
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -77,7 +83,7 @@ class StageProgress:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.bar.add_task(stage, total=steps, loss=math.nan, rate=0.0)
+        self.task = self.bar.add_task(stage, total=self.steps, loss=math.nan, rate=0.0)
         self.first: int | None = None
         self.earlier = 0.0
         self.last_line = -math.inf
@@ -106,20 +112,20 @@ class StageProgress:
             kept = self.log.rewind(self.stages, self.stage, step)
             self.earlier = kept[-1]["seconds"] if kept else 0.0
         now = time.monotonic()
-        rate = self.tokens_per_step / max(now - self.previous, 1e-9)
+        rate = (self.read[step] - self.read[step - 1]) / max(now - self.previous, 1e-9)
         self.previous = now
         record = {
             "stage": self.stage,
             "step": step,
             "loss": loss,
-            "tokens": step * self.tokens_per_step,
+            "tokens": self.read[step],
             "tokens_per_second": round(rate, 1),
             "seconds": round(self.earlier + now - self.began, 3),
             **fields,
         }
         self.log.append(record)
-        done = step - self.first + 1
-        average = done * self.tokens_per_step / max(now - self.began, 1e-9)
+        done = self.read[step] - self.read[self.first - 1]
+        average = done / max(now - self.began, 1e-9)
         self.bar.update(self.task, completed=step, loss=loss, rate=average)
         self._line(step, loss, average, now)
 
@@ -128,7 +134,7 @@ class StageProgress:
         if self.console.is_terminal or not due:
             return
         self.last_line = now
-        left = (self.steps - step) * self.tokens_per_step / rate
+        left = (self.read[-1] - self.read[step]) / rate
         self.console.print(
             f"{self.stage} {step}/{self.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  "
             f"{duration(left)} left",

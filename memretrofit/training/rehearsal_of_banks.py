@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from memretrofit.data.lessons import Item
 from memretrofit.description import in_units
@@ -21,40 +21,48 @@ from memretrofit.recipe import Recipe
 from memretrofit.retrofit import memory_parameters, patch
 from memretrofit.training.injection import fit_bank, generic_texts, lesson_items
 from memretrofit.training.progress import duration
-from memretrofit.training.rehearsal import multiplications_per_second, text_lines, tiny_model
 from memretrofit.training.run import prepare_folder, run_stages
+from memretrofit.training.small import (
+    STEPS,
+    Rehearsal,
+    multiplications_per_second,
+    shapes_of,
+    text_lines,
+    tiny_model,
+)
 
-STEPS = 2
 TEXTS = 16
 PASSES = 3
 """Forward passes' worth of products per token: forward, and backward for activations."""
 
 
-def rehearse_injection(recipe: Recipe, config: PreTrainedConfig, console: Console) -> None:
-    """Read lessons and text, take two steps on a tiny random model of the same architecture, save
-    and delete the result; then tell sizes and time.
+class BankRehearsal(Rehearsal):
+    """Two steps on the recipe's own lessons."""
 
-    Raises:
-        ConfigError: broken lessons or missing text, or the method does not fit the base.
-        StateError: the lessons read no row of the bank.
-    """
-    tokenizer = load_tokenizer(
-        recipe.base.model, revision=recipe.base.revision, gguf_file=recipe.base.gguf_file
-    )
-    items, generic = lesson_items(recipe, tokenizer), generic_texts(recipe, tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        bank = _inject_small(recipe, config, items, generic, Path(folder))
-    for line in [*_sizes(recipe, config, items, bank), *text_lines(recipe)]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    def rehearse(self, recipe: Recipe, config: PreTrainedConfig, console: Console) -> None:
+        """Read lessons and text, take two steps on a tiny random model of the same architecture,
+        save and delete the result; then tell sizes and time.
 
+        Raises:
+            ConfigError: broken lessons or missing text, or the method does not fit the base.
+            StateError: the lessons read no row of the bank.
+        """
+        tokenizer = load_tokenizer(
+            recipe.base.model, revision=recipe.base.revision, gguf_file=recipe.base.gguf_file
+        )
+        items, generic = lesson_items(recipe, tokenizer), generic_texts(recipe, tokenizer)
+        with tempfile.TemporaryDirectory() as folder:
+            bank = _inject_small(recipe, config, items, generic, Path(folder))
+        for line in [*_sizes(recipe, config, items, bank), *text_lines(recipe)]:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-def inject_randomly(recipe: Recipe, config: PreTrainedConfig, output: Path) -> Path:
-    """A recipe in small, on random tokens: a tiny model of the kind that `config` describes."""
-    generator = torch.Generator().manual_seed(recipe.train.seed)
-    texts = torch.randint(256, (TEXTS, 2, 16), generator=generator)
-    items = [Item(ids, 8) for ids in texts[:, 0]]
-    _inject_small(recipe, config, items, list(texts[:, 1]), output)
-    return output
+    def run_small(self, recipe: Recipe, config: PreTrainedConfig, output: Path) -> Path:
+        """See `Rehearsal`."""
+        generator = torch.Generator().manual_seed(recipe.train.seed)
+        texts = torch.randint(256, (TEXTS, 2, 16), generator=generator)
+        items = [Item(ids, 8) for ids in texts[:, 0]]
+        _inject_small(recipe, config, items, list(texts[:, 1]), output)
+        return output
 
 
 def _inject_small(
@@ -83,10 +91,7 @@ def _sizes(
     recipe: Recipe, config: PreTrainedConfig, items: list[Item], small: MemoryBank
 ) -> list[str]:
     """What the real model and bank would hold, from shapes alone, and how long it takes here."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    total = sum(p.numel() for p in model.parameters())
-    patch(model, recipe.method)
+    model, total = shapes_of(recipe, config)
     dense = sum(p.numel() for p in memory_parameters(model).values())
     tables = dict(bank_of(model).each_table())
     numbers = sum(table.rows * row_nbytes(table.source) for table in tables.values())

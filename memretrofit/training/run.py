@@ -11,21 +11,21 @@ import yaml
 from accelerate import PartialState
 from rich.console import Console
 from torch import nn
-from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
-from memretrofit.data import RowDataset, load_documents, split_documents
-from memretrofit.data.lessons import Item
 from memretrofit.errors import ConfigError
-from memretrofit.recipe import Recipe, TrainSection
+from memretrofit.recipe import Recipe
 from memretrofit.retrofit import patch
 from memretrofit.training.base import load_base
-from memretrofit.training.distill import DistillSettings, DistillStep, self_distillation
-from memretrofit.training.injection import prepare_injection, run_injection
+from memretrofit.training.injection import Inject
 from memretrofit.training.progress import RunLog, StageProgress
-from memretrofit.training.trainable import trainable_parameters
-from memretrofit.training.transfer import TransferSettings, TransferStep, attention_transfer
+from memretrofit.training.recurrence_stage import Recurrence
+from memretrofit.training.row_stages import Distill, Transfer
+from memretrofit.training.stage import Stage
 
+STAGES: dict[str, type[Stage]] = {
+    stage.name: stage for stage in (Transfer, Distill, Inject, Recurrence)
+}
 DRAFT = "recipe.yaml.draft"
 """The recipe until the base is loaded and the text is found: a start that fails is not a run."""
 RECIPE, LOG, PLOT, CHECKPOINTS = "recipe.yaml", "log.jsonl", "loss.png", "checkpoints"
@@ -45,7 +45,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool =
             CPU, then sizes and an estimate of the time. Nothing is written to `output`.
 
     Raises:
-        ConfigError: `output` holds another run or cannot be written, or the text is missing.
+        ConfigError: `output` holds another run or cannot be written, the text is missing, or there
+            are several processes for a stage that trains in one.
         StateError: a promised parameter received no gradient, or the loss is not finite.
         CheckpointError: the base cannot be loaded, or a checkpoint is damaged.
     """
@@ -55,6 +56,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool =
         rehearse(recipe)
         return output
     state = PartialState()
+    stages = stages_of(recipe, state.num_processes)
     if state.is_main_process:
         prepare_folder(recipe, output, resume)
     state.wait_for_everyone()
@@ -62,12 +64,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool =
     model, tokenizer = load_base(base.model, base.revision, base.gguf_file, base.dtype)
     torch.manual_seed(recipe.train.seed)  # initialisation of the memory
     patch(model, recipe.method)
-    if "inject" in recipe.train.stages:
-        rows: Any = prepare_injection(recipe, model, tokenizer)
-    else:
-        rows = training_rows(recipe, tokenizer, state.num_processes) if recipe.train.stages else []
+    material = stages[0].prepare(model, tokenizer) if stages else None
     nn.Module.to(model, state.device)
-    return run_stages(recipe, model, rows, output, resume, tokenizer)
+    return run_stages(recipe, model, material, output, resume, tokenizer)
 
 
 def prepare_folder(recipe: Recipe, output: Path, resume: bool) -> None:
@@ -101,166 +100,44 @@ def prepare_folder(recipe: Recipe, output: Path, resume: bool) -> None:
         raise ConfigError(f"output {output} cannot be written: {error}") from error
 
 
-def training_rows(recipe: Recipe, tokenizer: Any, processes: int = 1) -> RowDataset:
-    """Rows of the training sources without what is held out, as many as all stages read."""
-    documents = [d for source in recipe.data.sources for d in load_documents(source)]
-    kept, _ = split_documents(documents, recipe.data.held_out, recipe.train.seed)
-    section = recipe.train
-    return RowDataset(
-        kept,
-        tokenizer,
-        section.sequence_length,
-        recipe.data.repeated_passage_share,
-        section.seed,
-        minimum_lag=_minimum_lag(section),
-        size=sum(stage_rows(section, processes).values()),
-    )
+def stages_of(recipe: Recipe, processes: int = 1) -> list[Stage]:
+    """The stages that a recipe names, in order.
 
-
-def _minimum_lag(section: TrainSection) -> int:
-    """A passage returns beyond every window, and at least half a row later if that is farther."""
-    length, widest = section.sequence_length, max(section.window_range) + max(section.sink_range)
-    longest = max(1, length // 4)  # RowDataset's longest passage
-    return min(max(length // 2, widest), length - longest)
-
-
-def stage_rows(section: TrainSection, processes: int = 1) -> dict[str, int]:
-    """How many rows each stage of a recipe reads, in order."""
-    accumulated = section.batch_size * section.gradient_accumulation_steps
-    rows = {
-        "transfer": section.transfer.steps * section.transfer.batch_size * processes,
-        "distill": section.max_steps * accumulated * processes,
-        "inject": section.inject.steps * section.inject.batch_size,
-    }
-    return {stage: rows[stage] for stage in section.stages}
+    Raises:
+        ConfigError: one of them trains in one process, and there are several.
+    """
+    return [STAGES[name](recipe, processes) for name in recipe.train.stages]
 
 
 def run_stages(
     recipe: Recipe,
     model: PreTrainedModel,
-    rows: Any,
+    material: Any,
     output: Path,
     resume: bool,
     tokenizer: Any,
 ) -> Path:
-    """Train a patched model through the stages of a recipe, each on its part of `rows`; save it.
-
-    The stage `inject` takes what `prepare_injection` returned for `rows`.
-    """
-    state = PartialState()
+    """Train a patched model through the stages of a recipe, which read `material`; save it."""
+    state, trained = PartialState(), model
     if state.is_main_process and not resume:  # base and text are there: now it is a run
         os.replace(output / DRAFT, output / RECIPE)
-    run = _inject if "inject" in recipe.train.stages else _transfer_and_distill
-    trained = run(recipe, model, rows, output, resume)
+    console = Console(stderr=True, quiet=not state.is_main_process)
+    names = list(recipe.train.stages)
+    for stage in stages_of(recipe, state.num_processes):
+        progress = StageProgress(
+            RunLog(output / LOG), names, stage.name, stage.tokens(material), console
+        )
+        report = progress.advance if state.is_main_process else _untold
+        with progress:
+            trained = stage.run(trained, material, output / CHECKPOINTS, report, resume)
     if state.is_main_process:
         _save(recipe, trained, output, tokenizer)
     state.wait_for_everyone()
     return output
 
 
-def _inject(
-    recipe: Recipe, model: PreTrainedModel, items: list[Item], output: Path, resume: bool
-) -> Any:
-    section = recipe.train.inject
-    tokens = section.batch_size * sum(len(item.ids) for item in items) // len(items)
-    progress = StageProgress(RunLog(output / LOG), ["inject"], "inject", section.steps, tokens)
-    with progress:
-        run_injection(recipe, model, items, output / CHECKPOINTS / "inject.pt", progress)
-    return model
-
-
-def _transfer_and_distill(
-    recipe: Recipe, model: PreTrainedModel, rows: Any, output: Path, resume: bool
-) -> Any:
-    section, checkpoints = recipe.train, output / CHECKPOINTS
-    state, log, trained = PartialState(), RunLog(output / LOG), model
-    begin = 0
-    for stage, count in stage_rows(section, state.num_processes).items():
-        part = Subset(rows, range(begin, begin + count))
-        begin += count
-        steps = section.transfer.steps if stage == "transfer" else section.max_steps
-        tokens = count // steps * section.sequence_length
-        console = Console(stderr=True, quiet=not state.is_main_process)
-        progress = StageProgress(log, list(section.stages), stage, steps, tokens, console)
-        if stage == "transfer":
-            file = checkpoints / "transfer.pt"
-            report = _reporter(progress) if state.is_main_process else None
-            with progress:
-                attention_transfer(
-                    model, part, transfer_settings(section), checkpoint=file, on_step=report
-                )
-        else:
-            trained, promised = trainable_parameters(
-                model,
-                section.trainable,
-                lora_rank=section.lora_rank,
-                lora_alpha=section.lora_alpha,
-            )
-            with progress:
-                self_distillation(
-                    trained,
-                    promised,
-                    part,
-                    distill_settings(section),
-                    checkpoints / "distill",
-                    resume=resume,
-                    on_step=_reporter(progress),
-                )
-    return trained
-
-
-def _reporter(progress: StageProgress) -> Any:
-    """From what a stage measured to a record of the log."""
-
-    def report(step: TransferStep | DistillStep) -> None:
-        fields: dict[str, Any] = {
-            "learning_rate": step.learning_rate,
-            "window": step.draw.sliding_window,
-            "sinks": step.draw.num_sink_tokens,
-        }
-        if isinstance(step, TransferStep):
-            fields["r2"] = sum(step.r2.values()) / len(step.r2)
-            fields["r2_by_layer"] = [round(value, 4) for value in step.r2.values()]
-        else:
-            fields["grad_norm"] = step.grad_norm
-        progress.advance(step.step, step.loss, **fields)
-
-    return report
-
-
-def transfer_settings(section: TrainSection) -> TransferSettings:
-    """What a recipe says about attention transfer."""
-    return TransferSettings(
-        steps=section.transfer.steps,
-        learning_rate=section.transfer.learning_rate,
-        batch_size=section.transfer.batch_size,
-        windows=section.window_range,
-        sinks=section.sink_range,
-        warmup_ratio=section.warmup_ratio,
-        weight_decay=section.weight_decay,
-        bf16=section.precision == "bf16",
-        seed=section.seed,
-        save_steps=section.save_steps,
-    )
-
-
-def distill_settings(section: TrainSection) -> DistillSettings:
-    """What a recipe says about self-distillation."""
-    return DistillSettings(
-        max_steps=section.max_steps,
-        learning_rate=section.learning_rate,
-        weight_decay=section.weight_decay,
-        warmup_ratio=section.warmup_ratio,
-        batch_size=section.batch_size,
-        gradient_accumulation_steps=section.gradient_accumulation_steps,
-        gradient_checkpointing=section.gradient_checkpointing,
-        bf16=section.precision == "bf16",
-        windows=section.window_range,
-        sinks=section.sink_range,
-        loss_positions=section.loss_positions,
-        seed=section.seed,
-        save_steps=section.save_steps,
-    )
+def _untold(step: int, loss: float, **fields: Any) -> None:
+    """What other processes measured is the same."""
 
 
 def _save(recipe: Recipe, model: Any, output: Path, tokenizer: Any) -> None:

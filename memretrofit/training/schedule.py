@@ -10,7 +10,7 @@ import numpy as np
 
 from memretrofit.errors import ConfigError
 
-TRANSFER, DISTILL = 0, 1
+TRANSFER, DISTILL, RECURRENCE = 0, 1, 2
 """Independent random streams of one seed."""
 
 

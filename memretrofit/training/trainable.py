@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 from memretrofit.errors import CheckpointError, ConfigError, StateError
 from memretrofit.hub.adapter import add_adapter
+from memretrofit.patching.controls import memory_disabled
+from memretrofit.patching.sites import find_attention_sites
+from memretrofit.patching.surgery import AttentionLedger
 from memretrofit.patching.wrapping import unwrapped
 from memretrofit.retrofit import ledger_of, memory_parameters
 
@@ -30,8 +33,8 @@ def trainable_parameters(
 ) -> tuple[Any, Parameters]:
     """Freeze all but what trains.
 
-    `memory+lora` adds PEFT adapters to every projection of the patched attention modules (q, k, v
-    and o, whatever the architecture calls them), never to the memory. PEFT freezes what it does
+    `memory+lora` adds PEFT adapters to the `projections` of attention (q, k, v and o, whatever the
+    architecture calls them), never to the memory. PEFT freezes what it does
     not own, so the memory is switched on again here.
 
     Returns:
@@ -68,14 +71,24 @@ def trainable_parameters(
 
 
 def projections(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers of every patched attention module, without the memory's."""
+    """Names of the linear layers of attention modules: the patched ones, or all where the memory
+    stands elsewhere. Never the memory's own.
+    """
     found = []
-    for site in ledger_of(model).seams:
+    for site in _attention_modules(model):
         for name, module in model.get_submodule(site).named_modules():
             linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-            if linear and name.split(".")[0] != "memory":
+            if linear and "memory" not in name.split("."):
                 found.append(f"{site}.{name}")
     return found
+
+
+def _attention_modules(model: PreTrainedModel) -> list[str]:
+    ledger = ledger_of(model)
+    if isinstance(ledger, AttentionLedger):
+        return list(ledger.seams)
+    with memory_disabled(model):
+        return [site.name for site in find_attention_sites(model)]
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:

@@ -31,6 +31,14 @@ SMALL = {
 }
 """Sizes that a test can fill, for the fields of these names."""
 
+BESIDE = {
+    "engram-convolved": {"conv_width": 2},
+    "engram-hot": {"hot_bytes": 640},
+    "hierarchical_ffn-generic": {"generic_size": 4},
+    "hierarchical_ffn-late_third": {"placement": "late_third"},
+}
+"""What no preset sets: a method and what differs from its defaults."""
+
 
 def _small(config: MethodConfig) -> MethodConfig:
     names = {field.name for field in fields(config)}
@@ -44,6 +52,11 @@ def _discover() -> dict[str, MethodConfig]:
             continue
         found = {name: _small(info.config_class())}
         found |= {f"{name}-{preset}": _small(c) for preset, c in info.presets.items()}
+        found |= {
+            arm: replace(found[name], **changes)
+            for arm, changes in BESIDE.items()
+            if arm.startswith(f"{name}-")
+        }
         for arm, config in found.items():
             if config not in arms.values():
                 arms[arm] = config

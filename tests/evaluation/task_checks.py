@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
+from memretrofit.data.words import ADJECTIVES, NOUNS
 from memretrofit.evaluation.material.prose import Prose
-from memretrofit.evaluation.material.words import ADJECTIVES, NOUNS
 from memretrofit.evaluation.scoring import rank_match, strict_match
 from memretrofit.evaluation.task import Draft, Item, Task
 

@@ -67,6 +67,21 @@ def test_an_edit_fits_its_rows_in_every_tier(tmp_path):
         load(tmp_path / "again", tables())
 
 
+def test_one_changed_bit_is_noticed(tmp_path):
+    """An edit may be shared alone: every value that it holds is in the hash."""
+    path, bank = tmp_path / DELTA, trained(3, 19)
+    save_delta(bank, path)
+    content = bytearray(path.read_bytes())
+    begin = 8 + struct.unpack("<Q", content[:8])[0]
+    place = content.index(bank["rows"].delta.detach().numpy().tobytes(), begin)
+    for byte in (place, place + 2, place + 95):
+        changed = content.copy()
+        changed[byte] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError, match="not what was saved"):
+            load_delta(path, tables())
+
+
 def test_edits_of_other_rows_merge(tmp_path):
     one, two, both = trained(3, 19), trained(4), tables()
     for name, bank in (("one", one), ("two", two)):

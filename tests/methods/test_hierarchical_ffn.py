@@ -102,6 +102,44 @@ def test_only_blocks_on_the_path_have_a_gradient():
         assert len(read[name]) < table.rows
 
 
+@torch.no_grad()
+def test_a_step_of_many_rows_is_each_row_alone():
+    """All at one path, each at its own, some at the same, some at none: against the rows alone.
+    Witness: what the row before it reads.
+    """
+    model = live(layers=1)
+    bank = bank_of(model)
+    (read,) = [s.memory for s in ledger_of(model).seams.values() if s.layer_idx == 0]
+    texts = [*EXAMPLES, *GENERIC_TEXTS[:2]]
+    paths = [tuple(routes_of(bank, text)[-1].tolist()) for text in texts]
+    known = list(dict.fromkeys(path for path in paths if path[0] >= 0))
+    assert len(known) > 1
+    by_path = {
+        path: [t for t, own in zip(texts, paths, strict=True) if own == path] for path in paths
+    }
+    same = by_path[known[0]][:1] * 3
+    apart_ones = [by_path[path][0] for path in known]
+    nothing = [t for t, path in zip(texts, paths, strict=True) if path[0] < 0]
+    for rows in (
+        same,
+        apart_ones,
+        [*apart_ones, *same],
+        [*same, *nothing],
+        [*nothing, *apart_ones],
+    ):
+        ids, hidden = torch.stack(rows), torch.randn(len(rows), 1, 32)
+        found = bank(Tokens(ids=ids, new=1))
+        added, where, _ = read(hidden, found, None)
+        late = 0.0
+        for b, row in enumerate(rows):
+            alone = by_hand(bank, routes_of(bank, row)[-1], 0, hidden[b, 0])
+            reads = where is None or bool(where[b, 0])
+            assert reads == bool(routes_of(bank, row)[-1][0] >= 0)
+            assert not reads or float((added[b, 0] - alone).abs().max()) < REORDERED
+            late = max(late, float((added[b - 1, 0] - alone).abs().max()))
+        assert late > WRONG
+
+
 def test_a_pinned_route_is_read_whatever_the_text():
     """At every token; another route says other things, and -1 is the base model, bit for bit."""
     model, base, rows = live(), build("llama"), tokens(2, LENGTH, seed=9)

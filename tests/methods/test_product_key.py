@@ -141,6 +141,20 @@ def test_values_are_drawn_alike_wherever_the_model_is_patched():
     assert tables[0].source.identity == tables[1].source.identity
 
 
+def test_values_take_no_memory_before_a_model_runs():
+    """Whoever asks for sizes alone has no room for the pool; what is read is the same."""
+    model = model_with(opened=False, live=False)
+    table = bank_of(model).table("slots_0")
+    rows = table(torch.arange(25))
+    assert sum(table.nbytes.values()) == 0
+    one_pass(model, IDS)
+    assert table.nbytes["device"] == 25 * 5 * 4
+    assert torch.equal(table(torch.arange(25)), rows)
+    opened = model_with()
+    one_pass(opened, IDS)
+    assert bank_of(opened).table("slots_0").tier == "fresh"  # every row is in the delta
+
+
 @pytest.mark.parametrize("optimizer", ["sparse_adam", "sgd"])
 def test_a_step_moves_the_slots_that_were_read_and_no_other(optimizer):
     model = model_with()

@@ -21,7 +21,8 @@ from memretrofit.hub import from_pretrained
 from memretrofit.recipe import load_recipe
 from memretrofit.retrofit import memory_parameters
 from memretrofit.training import load_base, train
-from memretrofit.training.rehearsal import rehearse, run_small, tiny_model
+from memretrofit.training.rehearsal import rehearse, run_small
+from memretrofit.training.small import tiny_model
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.name != "_base.yaml")

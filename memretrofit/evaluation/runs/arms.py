@@ -17,7 +17,7 @@ from memretrofit.config import exact_tokens
 from memretrofit.description import base_parameters
 from memretrofit.errors import ConfigError, did_you_mean
 from memretrofit.evaluation.arm_table import TASK_ARMS
-from memretrofit.evaluation.arms import fresh_values, memory_values
+from memretrofit.evaluation.arms import fresh_values, has_window, holds_state, memory_values
 from memretrofit.evaluation.cost import cache_bytes, prefill, step_ms
 from memretrofit.evaluation.likelihood import Arm
 from memretrofit.evaluation.reader import Answerer, Outcome, Reading, read, read_prompts
@@ -33,8 +33,7 @@ from memretrofit.patching.controls import (
     state_shuffled,
     writes_disabled,
 )
-from memretrofit.patching.surgery import attention_ledger_of
-from memretrofit.patching.wrapping import evaluating, unwrapped
+from memretrofit.patching.wrapping import evaluating, positions_of, unwrapped
 from memretrofit.retrofit import (
     is_patched,
     memory_parameters,
@@ -65,6 +64,8 @@ class ModelArm:
     that without the exchange."""
     carries: bool = False
     """Whether every row begins with the state that the next row's whole text has left."""
+    positions: int | None = None
+    """Tokens that it can read at most; None: any number."""
 
     def __call__(self, readings: Sequence[Reading]) -> list[Outcome]:
         """Outcomes of a batch, in order."""
@@ -115,9 +116,13 @@ def answerers_of(
 ) -> dict[str, Answerer]:
     """The arms of a model, in the order of `TASK_ARMS`.
 
-    A patched model has all of them. `full` and `window` are its base model, without any adapter;
-    `untrained` is the base model with a fresh memory. A model without memory has `full`, `bm25` and
-    `oprm`, and with `window` also that, which patches the model for as long as it answers.
+    A patched model has all of them, but for `window` where its memory stands beside no window.
+    `full` and `window` are its base model, without any adapter; `untrained` is the base model with
+    a fresh memory. A model without memory has `full`, `bm25` and `oprm`, and with `window` also
+    that, which patches the model for as long as it answers.
+
+    A model that reads in segments reads any length, and its text baselines as many tokens at once
+    as one segment has. All other arms are bounded by the positions of the model.
 
     Two names have the same object where they are the same computation: `zeroed` and `window` where
     there is no adapter; `untrained` and `window` where a fresh memory of the method is silent
@@ -134,29 +139,36 @@ def answerers_of(
 
     Raises:
         ConfigError: an unknown arm, one that this model cannot be, or a window that does not fit.
+        StateError: the memory is of a family that no task is asked of.
     """
     if is_patched(model) and window is not None:
         raise ConfigError(
-            f"window={window}: a patched model's window arm has the window of its method, "
-            f"{patched_config(model)}. Leave --window out."
+            f"window={window}: a patched model's window arm, if it has one, has the window of its "
+            f"method, {patched_config(model)}. Leave --window out."
         )
     make = _patched_arms if is_patched(model) else _base_arms
     found: dict[str, Answerer] = dict(make(model, tokenizer, window, chunk_size, seed))
     count = token_counter(tokenizer)
     found["bm25"] = bm25(found["full"], count, budget=kept_exactly(model, window))
-    found["oprm"] = oprm(found["full"], count)
+    found["oprm"] = oprm(found["full"], count, chunk_tokens=segment_length(model))
     faults = [
         f"unknown arm {a!r}; {did_you_mean(a, TASK_ARMS)}" for a in arms if a not in TASK_ARMS
     ]
     faults += [
-        f"{arm!r} needs {'--window N' if arm == 'window' else 'a patched model'}; "
-        f"this {type(unwrapped(model)).__name__} has {', '.join(found)}"
+        f"{arm!r} needs {_needed(arm, model)}; this {type(unwrapped(model)).__name__} has "
+        f"{', '.join(found)}"
         for arm in arms
         if arm in TASK_ARMS and arm not in found
     ]
     if faults:
         raise ConfigError.listing("arms", faults)
     return {arm: found[arm] for arm in TASK_ARMS if arm in found and (not arms or arm in arms)}
+
+
+def _needed(arm: str, model: Any) -> str:
+    if is_patched(model):
+        return "a memory beside a sliding window"
+    return "--window N" if arm == "window" else "a patched model"
 
 
 def same_computations(answerers: Mapping[str, Answerer]) -> dict[str, str]:
@@ -169,7 +181,14 @@ def same_computations(answerers: Mapping[str, Answerer]) -> dict[str, str]:
 def _base_arms(
     model: Any, tokenizer: Any, window: int | None, chunk_size: int, seed: int
 ) -> dict[str, Answerer]:
-    arm = partial(ModelArm, model, tokenizer, chunk_size=chunk_size, has_adapter=is_peft(model))
+    arm = partial(
+        ModelArm,
+        model,
+        tokenizer,
+        chunk_size=chunk_size,
+        has_adapter=is_peft(model),
+        positions=positions_of(model),
+    )
     found: dict[str, Answerer] = {"full": arm(nullcontext)}
     if window is not None:
         bounded = partial(
@@ -184,12 +203,16 @@ def _base_arms(
 def _patched_arms(
     model: Any, tokenizer: Any, window: int | None, chunk_size: int, seed: int
 ) -> dict[str, Answerer]:
-    adapted = is_peft(model)
-    stateless = not any(
-        seam.memory.state_nbytes(1) for seam in attention_ledger_of(model).seams.values()
-    )
+    adapted, windowed, most = is_peft(model), has_window(model), positions_of(model)
+    stateless = not holds_state(model)
     fresh_is_silent = stateless or get_method(patched_config(model).method).identity == "window"
-    arm = partial(ModelArm, model, tokenizer, chunk_size=chunk_size)
+    arm = partial(
+        ModelArm,
+        model,
+        tokenizer,
+        chunk_size=chunk_size,
+        positions=None if segment_length(model) else most,
+    )
     is_trained = memory_state(model, seed) == "trained"
     own = partial(arm, has_memory=True, has_adapter=adapted, memory_is_trained=is_trained)
 
@@ -203,19 +226,22 @@ def _patched_arms(
         return trained if stateless else own(partial(switch, model), **options)
 
     trained = own(nullcontext)
-    zeroed = control(memory_silenced, has_memory=False)
+    # what is read alone is read by the base model beside a window, and else with a memory's own
+    # parameters
+    zeroed = control(memory_silenced, has_memory=not windowed)
     near = arm(base(partial(memory_silenced, model))) if adapted else zeroed
     untrained: Answerer = near
     if not fresh_is_silent:
         values = fresh_values(model, seed)
         untrained = arm(base(partial(memory_values, model, values)), has_memory=True)
     return {
-        "full": arm(base(partial(memory_disabled, model))),
-        "window": near,
+        "full": arm(base(partial(memory_disabled, model)), positions=most),
+        **({"window": near} if windowed else {}),
         "untrained": untrained,
         "trained": trained,
         "zeroed": zeroed,
-        "no_write": control(writes_disabled),
+        # without a window, to write nothing and to read what nobody wrote come to the same
+        "no_write": control(writes_disabled) if windowed else zeroed,
         "shuffled": control(state_shuffled, of_rows=True),
         "stale": trained if stateless else own(nullcontext, of_rows=True, carries=True),
     }
@@ -245,8 +271,13 @@ def memory_state(model: Any, seed: int = 0) -> str:
     return "untrained" if untouched >= (settled or own.keys()) else "trained"
 
 
+def segment_length(model: Any) -> int | None:
+    """Tokens of a segment; None for a model that does not read in segments."""
+    return getattr(patched_config(model), "segment_length", None) if is_patched(model) else None
+
+
 def kept_exactly(model: Any, window: int | None = None) -> int | None:
-    """Tokens that the memory, or the window of a model without one, keeps; None without either."""
+    """`exact_tokens` of the memory, or of a base model's window; None without either."""
     if is_patched(model):
         return exact_tokens(patched_config(model))
     return None if window is None else exact_tokens(WindowSinksConfig(sliding_window=window))

@@ -10,6 +10,7 @@ from typing import Any
 from memretrofit.errors import ConfigError
 from memretrofit.evaluation.arm_table import ARM_TABLE
 from memretrofit.evaluation.drawing import name_of, short_name, short_tokens
+from memretrofit.evaluation.runs.curves import CURVES, lines_of, plot_by_length
 from memretrofit.evaluation.runs.gains import gain, signed
 from memretrofit.evaluation.runs.item_log import ITEMS, RUN, SCHEMA_VERSION
 from memretrofit.evaluation.runs.plots import plot_arms
@@ -110,6 +111,7 @@ def write_comparison(directories: Sequence[str | Path], output: str | Path) -> P
             arm_of={column.label: column.arm for column in columns},
             title="Score of each arm on the shared items (a dot for each task and length)",
         )
+    pictures = _draw_curves(runs, columns, places, output)
     write_json(
         output / "comparison.json",
         {
@@ -125,6 +127,7 @@ def write_comparison(directories: Sequence[str | Path], output: str | Path) -> P
         f"{len(places)} cells (a task at a length) that all runs have with the same prompts.",
         "\n".join(f"- left out: {escape(line)}" for line in left_out),
         "![Score of each arm](arms.png)" if scores else "",
+        *(f"![{escape(words)}]({name})" for name, words in pictures.items()),
         *(entry.render() for entry in tables),
     ]
     return write_text(output / "comparison.md", paragraphs(parts))
@@ -154,6 +157,30 @@ def _shared_places(runs: dict[str, TaskRun]) -> tuple[list[Place], list[str]]:
             left_out,
         )
     return shared, left_out
+
+
+def _draw_curves(
+    runs: dict[str, TaskRun], columns: Sequence[Column], places: Sequence[Place], output: Path
+) -> dict[str, str]:
+    """Scores along the shared lengths where a model reads in segments: file name -> what it is."""
+    first, pictures = next(iter(runs.values())), {}
+    wanted = any(run.settings.get("segment_length") for run in runs.values())
+    for score in CURVES if wanted else ():
+        shared = _measured(runs, places, score)
+        for task in dict.fromkeys(task for task, _ in shared):
+            lengths = [length for name, length in shared if name == task]
+            if len(lengths) < 2:
+                continue
+            name = f"length_{task}_{score}.png"
+            pictures[name] = f"{task}: {SCORES[score].label} against the length of the text"
+            plot_by_length(
+                {x.label: lines_of(x.run, task, lengths, score)[x.arm] for x in columns},
+                output / name,
+                label=SCORES[score].label,
+                chance=first.cells[task, lengths[0]]["chance"] if score == "rank" else None,
+                title=f"{task} against length",
+            )
+    return pictures
 
 
 def _columns(runs: dict[str, TaskRun], places: Sequence[Place]) -> list[Column]:

@@ -12,7 +12,12 @@ import torch
 from memretrofit.data import load_documents, split_documents
 from memretrofit.errors import ConfigError
 from memretrofit.evaluation.material.prose import NO_PROSE, Prose, load_prose
-from memretrofit.evaluation.runs.arms import answerers_of, kept_exactly, memory_state
+from memretrofit.evaluation.runs.arms import (
+    answerers_of,
+    kept_exactly,
+    memory_state,
+    segment_length,
+)
 from memretrofit.evaluation.runs.report import write_report
 from memretrofit.evaluation.runs.runner import run_tasks
 from memretrofit.evaluation.tasks import get_tasks
@@ -93,6 +98,8 @@ def evaluate_tasks(
         "files": dict(record.files) if record else {},
         "window": window,
         "exact_tokens": kept_exactly(model, window),
+        "segment_length": segment_length(model),
+        "trained_tokens": trained_tokens(recipe, segment_length(model)),
         "chunk_size": chunk_size,
         "device": str(place),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -116,6 +123,18 @@ def evaluate_tasks(
     if is_saved and folder.resolve() == (directory / TASKS).resolve():
         write_card(directory)
     return folder
+
+
+def trained_tokens(recipe: Mapping[str, Any], segment: int | None) -> int | None:
+    """Tokens of the longest text that a recipe trains on; None where it does not say.
+
+    Args:
+        segment: tokens of a segment of the method.
+    """
+    train: Mapping[str, Any] = recipe.get("train", {})
+    if segment and "recurrence" in train.get("stages", ()):
+        return segment * max(train["recurrence"]["segments"])
+    return train.get("sequence_length")
 
 
 def _saved(directory: Path, record: Record) -> tuple[Any, Any]:

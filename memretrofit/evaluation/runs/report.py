@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from memretrofit.evaluation.drawing import name_of, short_tokens
+from memretrofit.evaluation.drawing import name_of, short_name, short_tokens
+from memretrofit.evaluation.runs.curves import curve_tables, draw_curves
 from memretrofit.evaluation.runs.gains import (
     FEWEST,
     cell_gain,
@@ -50,6 +51,7 @@ def write_report(directory: str | Path) -> Path:
     tables = [
         arms_table(run),
         *(scores_table(run, score) for score in SCORES if run.measured(score)),
+        *curve_tables(run),
         *gains_tables(run),
     ]
     found = _notes(run)
@@ -117,6 +119,15 @@ def _notes(run: TaskRun) -> list[str]:
             f"{listed}: by construction the same computation as {other} ({name_of(other)}); "
             "run once and shown once."
         )
+    for arm in run.shown:
+        beyond = {length for (_, length), cell in run.cells.items() if arm not in cell["scores"]}
+        if beyond:
+            listed = ", ".join(map(short_tokens, sorted(beyond)))
+            found.append(
+                f"{short_name(arm)} was not measured at {listed} tokens, which are beyond the "
+                "positions of the model; its means are over the other cells, and its cost is that "
+                "of its longest."
+            )
     return found
 
 
@@ -176,6 +187,7 @@ def _draw(run: TaskRun) -> dict[str, str]:
             run.directory / "gain.png",
             title="Memory gain: own state against another row's (grey: nothing is claimed)",
         )
+    pictures |= draw_curves(run)
     pictures |= _draw_depths(run)
     for task in dict.fromkeys(task for task, _ in run.measured("nll")):
         lengths = sorted(length for name, length in run.measured("nll") if name == task)

@@ -100,7 +100,8 @@ def run_tasks(
         tasks: what `get_tasks` gives.
         lengths: tokens of an item, prompt and answer.
         answerers: name -> arm, as `answerers_of` gives them. Names with the same object are the
-            same computation: it runs once and is written for each.
+            same computation: it runs once and is written for each. An arm is left out of lengths
+            beyond its positions, where another one reads them.
         prose: what tasks hide things in; not needed where none of them reads any.
         number: items of each task and length.
         seed: of the items.
@@ -120,7 +121,7 @@ def run_tasks(
     """
     _check(model, tasks, lengths, answerers, prose, number, depths, batch_size)
     output = Path(output)
-    same_as = same_computations(answerers)
+    same_as, positions = same_computations(answerers), positions_of(model)
     wanted = {
         "schema_version": SCHEMA_VERSION,
         "memory": memory_state(model),
@@ -142,7 +143,12 @@ def run_tasks(
     with claim(output, wanted):
         items = _all_items(tokenizer, tasks, lengths, prose, number, seed, depths)
         batches = all_batches(items, batch_size, _reading_neighbours(answerers))
-        units = [_Unit(task, batch, arm) for task, batch in batches for arm in answerers]
+        units = [
+            _Unit(task, batch, arm)
+            for task, batch in batches
+            for arm, answerer in answerers.items()
+            if _reads(answerer, batch[0].length, positions)
+        ]
         done = kept_units(output / ITEMS, [unit.keys() for unit in units])
         if not (output / RUN).is_file():
             write_json(output / RUN, wanted)
@@ -150,7 +156,8 @@ def run_tasks(
         found = list(records(output / ITEMS))
         write_json(output / SUMMARY, summarise_items(found, list(answerers), same_as))
         if not (output / COST).is_file():
-            write_json(output / COST, _costs(answerers, items, token_counter(tokenizer)))
+            costs = _costs(answerers, items, token_counter(tokenizer), positions)
+            write_json(output / COST, costs)
     return output
 
 
@@ -258,6 +265,14 @@ def _all_items(
     return found
 
 
+def _reads(answerer: Answerer, length: int, positions: int | None) -> bool:
+    """Whether an arm can read so many tokens with a model of so many positions."""
+    if isinstance(answerer, TextArm):
+        return True
+    most = answerer.positions if isinstance(answerer, ModelArm) else positions
+    return most is None or length <= most
+
+
 def _reading_neighbours(answerers: Mapping[str, Answerer]) -> list[str]:
     return [name for name, x in answerers.items() if isinstance(x, ModelArm) and x.of_rows]
 
@@ -277,7 +292,10 @@ def _check(
     faults += [f"length {length} is below 1 token" for length in lengths if length < 1]
     faults += [f"depth {depth} is not in [0, 1]" for depth in depths if not 0 <= depth <= 1]
     positions = positions_of(model)
-    if positions is not None and (beyond := [x for x in lengths if x > positions]):
+    whole = [x for x in answerers.values() if not isinstance(x, TextArm)]
+    # what text arms read of a longer text is not known to fit either
+    readers = whole or [model]
+    if beyond := [x for x in lengths if not any(_reads(r, x, positions) for r in readers)]:
         faults.append(
             f"lengths {', '.join(map(str, beyond))} are beyond the {positions} positions that "
             f"{type(unwrapped(model)).__name__} was trained on, where every arm but a bounded one "
@@ -318,17 +336,24 @@ def _versions() -> dict[str, str]:
 
 
 def _costs(
-    answerers: Mapping[str, Answerer], items: Sequence[tuple[Task, list[Item]]], count: Count
+    answerers: Mapping[str, Answerer],
+    items: Sequence[tuple[Task, list[Item]]],
+    count: Count,
+    positions: int | None,
 ) -> dict[str, Any]:
-    """Each arm's cost after the longest prompt of all; null for what cannot tell its own."""
-    most = max(item.length for _, cell in items for item in cell)
-    longest = [(task, item) for task, cell in items for item in cell if item.length == most]
-    task, item = max(longest, key=lambda pair: count(pair[1].prompt))
-    reading = reading_of(task, item)
+    """Each arm's cost after the longest prompt that it reads; null for what cannot tell its own."""
+
+    def longest(lengths: set[int]) -> tuple[Task, Item]:
+        pairs = [(t, item) for t, cell in items for item in cell if item.length == max(lengths)]
+        return max(pairs, key=lambda pair: count(pair[1].prompt))
+
+    lengths = {cell[0].length for _, cell in items}
     found: dict[int, dict[str, Any]] = {}
     for answerer in answerers.values():
-        if isinstance(answerer, ModelArm | TextArm) and id(answerer) not in found:
-            found[id(answerer)] = answerer.cost(reading)
+        own = {length for length in lengths if _reads(answerer, length, positions)}
+        if own and isinstance(answerer, ModelArm | TextArm) and id(answerer) not in found:
+            found[id(answerer)] = answerer.cost(reading_of(*longest(own)))
+    task, item = longest(lengths)
     empty = dict.fromkeys(
         ("tokens", "cache_bytes", "ms_per_token", "trained_parameters", "active_parameters")
     )
@@ -336,6 +361,6 @@ def _costs(
         "schema_version": SCHEMA_VERSION,
         "task": task.name,
         "length": item.length,
-        "tokens": count(reading.prompt),
+        "tokens": count(item.prompt),
         "arms": {name: found.get(id(x), empty) for name, x in answerers.items()},
     }

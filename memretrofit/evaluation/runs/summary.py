@@ -69,7 +69,7 @@ def summarise_items(
     """`summary.json` from the lines of `items.jsonl`.
 
     Args:
-        records: every item of every arm.
+        records: every item of every arm; of a cell, of those arms that read its length.
         arms: names, in the order of the tables.
         same_as: arm -> the arm that was run in its place.
     """
@@ -81,7 +81,10 @@ def summarise_items(
         "schema_version": SCHEMA_VERSION,
         "level": LEVEL,
         "same_as": dict(same_as),
-        "cells": [_cell(task, length, found) for (task, length), found in cells.items()],
+        "cells": [
+            _cell(task, length, {arm: own for arm, own in found.items() if own})
+            for (task, length), found in cells.items()
+        ],
     }
 
 

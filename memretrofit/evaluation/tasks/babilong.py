@@ -1,6 +1,6 @@
 """BABILong: the facts of a small story scattered through long prose, and a question on them.
 
-Kuratov et al., arXiv:2406.10149, with stories of our own (`evaluation/material/stories.py`). Each
+Kuratov et al., arXiv:2406.10149, with stories of our own (`data/stories.py`). Each
 fact falls into one of the gaps between the sentences of the prose, two may fall into the same
 one, and all keep their order::
 
@@ -16,16 +16,17 @@ import random
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from memretrofit.errors import ConfigError
-from memretrofit.evaluation.material.prose import Prose
-from memretrofit.evaluation.material.stories import (
+from memretrofit.data.stories import (
     Tell,
+    ask,
     where_is_person,
     where_is_thing,
     where_was_thing,
     which_room,
     who_gave_what,
 )
+from memretrofit.errors import ConfigError
+from memretrofit.evaluation.material.prose import Prose
 from memretrofit.evaluation.task import Draft, Match, Task
 
 # The published background leaves out shorter sentences, which are headings and fragments. It cuts
@@ -60,7 +61,7 @@ class BabiLong(Task):
         return Draft(
             instruction=lead + "".join(map(_example, self.examples)) + "Text: ",
             context=" ".join(sentences),
-            question=_ask(story.question, story.answer),
+            question=story.asked,
             answers=(story.answer,),
             candidates=tuple(f" {label}" for label in candidates),
             correct=(candidates.index(story.answer),),
@@ -68,14 +69,9 @@ class BabiLong(Task):
         )
 
 
-def _ask(question: str, answer: str) -> str:
-    """The question with the stem of its answer: a name takes no article."""
-    return f"\nQuestion: {question}\nAnswer:{'' if answer[0].isupper() else ' the'}"
-
-
 def _example(parts: tuple[str, str, str]) -> str:
     facts, question, answer = parts
-    return f"Text: {facts}{_ask(question, answer)} {answer}\n\n"
+    return f"Text: {facts}{ask(question, answer)} {answer}\n\n"
 
 
 @lru_cache(maxsize=2)

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 
-from memretrofit.evaluation.material.haystack import ranked
-from memretrofit.evaluation.material.personas import (
+from memretrofit.data.personas import (
     ATTRIBUTES,
     EVENTS,
     HABITS,
@@ -22,6 +21,7 @@ from memretrofit.evaluation.material.personas import (
     REPLIES,
     Attribute,
 )
+from memretrofit.evaluation.material.haystack import ranked
 from memretrofit.evaluation.material.prose import Prose
 from memretrofit.evaluation.task import Draft, Match, Task
 

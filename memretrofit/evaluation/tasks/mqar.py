@@ -10,9 +10,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from memretrofit.data.words import ADJECTIVES, NOUNS
 from memretrofit.evaluation.material.haystack import ranked
 from memretrofit.evaluation.material.prose import Prose
-from memretrofit.evaluation.material.words import ADJECTIVES, NOUNS
 from memretrofit.evaluation.task import Draft, Task
 
 CANDIDATES = 10

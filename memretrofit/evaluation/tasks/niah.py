@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Literal
 
+from memretrofit.data.words import ADJECTIVES, NOUNS
 from memretrofit.evaluation.material.haystack import (
     distinct,
     filler,
@@ -36,7 +37,6 @@ from memretrofit.evaluation.material.haystack import (
     surround,
 )
 from memretrofit.evaluation.material.prose import Prose
-from memretrofit.evaluation.material.words import ADJECTIVES, NOUNS
 from memretrofit.evaluation.task import Draft, Task
 
 CANDIDATES = 10

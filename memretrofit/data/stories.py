@@ -40,6 +40,16 @@ class Story:
     evidence: tuple[int, ...]
     """Numbers of the facts that the answer rests on, each told once in the story."""
 
+    @property
+    def asked(self) -> str:
+        """See `ask`."""
+        return ask(self.question, self.answer)
+
+
+def ask(question: str, answer: str) -> str:
+    """A question below its text, with the stem of the answer: a name takes no article."""
+    return f"\nQuestion: {question}\nAnswer:{'' if answer[0].isupper() else ' the'}"
+
 
 Tell = Callable[[random.Random], Story]
 
