@@ -34,6 +34,8 @@ from memretrofit.modules.memory import AttentionMemory
 from memretrofit.modules.rolling import SPARE_COLUMNS
 from memretrofit.patching.cache import MemoryLayer
 from memretrofit.patching.controls import ATTRIBUTE, memory_disabled
+from memretrofit.patching.ledger import ledger_of
+from memretrofit.patching.segment_visit import SegmentLedger
 from memretrofit.patching.sites import AttentionSite
 from memretrofit.patching.surgery import AttentionLedger, attention_ledger_of
 from memretrofit.patching.wrapping import evaluating, unwrapped
@@ -83,7 +85,7 @@ def _peft_original(module: nn.Module) -> nn.Module | None:
 
 
 @dataclass(frozen=True)
-class _LayerCost:
+class LayerCost:
     """Bytes of a cache layer: fixed + per_token min(T, most); when T > most also spare columns and
     the state after T - most tokens.
     """
@@ -117,19 +119,23 @@ def cache_bytes_at(model: nn.Module, tokens: int) -> tuple[int, int]:
     Raises:
         StateError: the model is not patched.
     """
+    from memretrofit.segment_description import session_cost
+
+    ledger = ledger_of(unwrapped(model))
+    if isinstance(ledger, SegmentLedger):
+        cost = session_cost(model, ledger)
+        return cost.before(tokens), cost.after(tokens)
     before, after = _costs(model)
     return sum(cost.at(tokens) for cost in before), sum(cost.at(tokens) for cost in after)
 
 
-def _costs(model: nn.Module) -> tuple[list[_LayerCost], list[_LayerCost]]:
+def _costs(model: nn.Module) -> tuple[list[LayerCost], list[LayerCost]]:
     inner = unwrapped(model)
     ledger = attention_ledger_of(inner)
+    before = base_costs(inner)
     memories = {seam.layer_idx: seam.memory for seam in ledger.seams.values()}
     with evaluating(inner), torch.no_grad():
-        with memory_disabled(inner):
-            base = [_layers(inner, count) for count in PROBE_LENGTHS]
         patched = [_layers(inner, count) for count in PROBE_LENGTHS]
-    before = [_base_cost(short, long) for short, long in zip(*base, strict=True)]
     after = [
         _memory_cost(long, memories[index])
         if isinstance(long, MemoryLayer)
@@ -139,16 +145,23 @@ def _costs(model: nn.Module) -> tuple[list[_LayerCost], list[_LayerCost]]:
     return before, after
 
 
+def base_costs(model: nn.Module) -> list[LayerCost]:
+    """Of the cache of the model without its memory, layer by layer."""
+    with evaluating(model), torch.no_grad(), memory_disabled(cast("Any", model)):
+        probes = [_layers(model, count) for count in PROBE_LENGTHS]
+    return [_base_cost(short, long) for short, long in zip(*probes, strict=True)]
+
+
 def _layers(model: Any, count: int) -> list[Any]:
     ids = torch.zeros(1, count, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     return list(model(input_ids=ids, use_cache=True).past_key_values.layers)
 
 
-def _base_cost(short: Any, long: Any) -> _LayerCost:
+def _base_cost(short: Any, long: Any) -> LayerCost:
     low, high = (sum(x.nbytes for x in _tensors(vars(layer))) for layer in (short, long))
     per_token = (high - low) // (PROBE_LENGTHS[1] - PROBE_LENGTHS[0])
     most = long.sliding_window - 1 if getattr(long, "is_sliding", False) else None
-    return _LayerCost(per_token, most, fixed=low - per_token * PROBE_LENGTHS[0])
+    return LayerCost(per_token, most, fixed=low - per_token * PROBE_LENGTHS[0])
 
 
 def _tensors(held: Any) -> Iterator[Tensor]:
@@ -163,9 +176,9 @@ def _tensors(held: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _memory_cost(layer: MemoryLayer, memory: AttentionMemory) -> _LayerCost:
+def _memory_cost(layer: MemoryLayer, memory: AttentionMemory) -> LayerCost:
     columns = [stream.view for stream in layer.streams.values() if stream.view is not None]
-    return _LayerCost(
+    return LayerCost(
         per_token=sum(x.nbytes // x.shape[-2] for x in columns),
         most=layer.num_sink_tokens + layer.sliding_window,
         state=functools.partial(memory.tier_nbytes, itemsize=columns[0].element_size()),
@@ -233,7 +246,7 @@ def _row(site: AttentionSite, ledger: AttentionLedger) -> tuple[str, ...]:
     return path, what, added, str(site.num_heads), str(site.num_key_value_heads), dims
 
 
-def _cache_table(before: list[_LayerCost], after: list[_LayerCost]) -> Table:
+def _cache_table(before: list[LayerCost], after: list[LayerCost]) -> Table:
     table = Table(box=SIMPLE, pad_edge=False)
     rows = [sum((cost.tiers(tokens) for cost in after), Counter[str]()) for tokens in LENGTHS]
     tiers = sorted({tier for row in rows for tier in row})  # device, disk, host

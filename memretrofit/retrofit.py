@@ -86,12 +86,14 @@ def memory_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def describe(model: nn.Module) -> str:
-    """A table: per layer what was patched and added; of attention memories the cache's bytes before
-    and after at four lengths, of banks their tables and where they lie.
+    """A table: per layer what was patched and added; of memories in attention and between segments
+    the cache's bytes before and after at four lengths, of banks their tables and where they lie.
     """
     from memretrofit.bank_description import render_bank
     from memretrofit.description import render
+    from memretrofit.patching.segment_visit import SegmentLedger
     from memretrofit.patching.surgery import attention_ledger_of
+    from memretrofit.segment_description import render_segments
     from memretrofit.vocabulary_description import render_vocabulary
 
     ledger = ledger_of(model)
@@ -99,4 +101,6 @@ def describe(model: nn.Module) -> str:
         return render_bank(model, ledger)
     if isinstance(ledger, VocabularyLedger):
         return render_vocabulary(model, ledger)
+    if isinstance(ledger, SegmentLedger):
+        return render_segments(model, ledger)
     return render(model, attention_ledger_of(model))

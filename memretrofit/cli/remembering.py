@@ -66,11 +66,11 @@ def remember(
         )
     config = None if saved else preset_config(method or "infllm", preset)
     from memretrofit.hub import save_memory
-    from memretrofit.patching.surgery import attention_ledger_of
+    from memretrofit.hub.memory_file import remembering_ledger
     from memretrofit.patching.wrapping import unwrapped
 
     model, tokenizer = _model(base, config, device)
-    attention_ledger_of(unwrapped(model))  # what cannot be saved is not read first
+    remembering_ledger(unwrapped(model))  # what cannot be saved is not read first
     ids = _ids(tokenizer, content)
     cache = _read(model, ids, chunk_size)
     written = save_memory(

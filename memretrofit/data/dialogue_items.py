@@ -2,7 +2,7 @@
 
 ::
 
-    segment 1 .. S-1   Ada: I live in Paris. / Assistant: Noted. / Ada: My aunt planted a rose. / ...
+    segment 1 .. S-1   Ada: I live in Paris. / Assistant: Noted. / Ada: My aunt won a chess game. /
     segment S          Ada: ... / Question: Where does Ada live? / Answer: Ada lives in   ->   Paris
 
 Half of the answers have changed since they were first said, where there is room for both; then the

@@ -24,9 +24,11 @@ from memretrofit.modules.memory import AttentionMemory, State
 from memretrofit.modules.slab import Placement, Slab
 from memretrofit.modules.store import Store
 from memretrofit.patching.cache import LOGITS, NOTES, MemoryLayer
+from memretrofit.patching.session import Session
 from memretrofit.patching.sites import AttentionSite
 
-MEMORY, FULL, SLIDING, EMPTY = "memory", "full", "sliding", "empty"
+MEMORY, SESSION, FULL, SLIDING, EMPTY = "memory", "session", "full", "sliding", "empty"
+_OURS = {MemoryLayer: MEMORY, Session: SESSION}
 _KINDS = {"DynamicLayer": FULL, "DynamicSlidingWindowLayer": SLIDING, "DummyLayer": EMPTY}
 
 Size = tuple[int, int]
@@ -52,7 +54,7 @@ class Content:
             kind = found.pop("kind")
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             return None
-        legal = kind in (MEMORY, *_KINDS.values())
+        legal = kind in (*_OURS.values(), *_KINDS.values())
         legal = legal and all(type(x) is int and x >= 0 for x in found.values())
         return cls(kind, found) if legal else None
 
@@ -64,7 +66,7 @@ def kind_of(layer: Any, place: int) -> str:
         UnsupportedModelError: a layer of another class, which a file would not bring back whole.
     """
     name = type(layer).__name__
-    kind = MEMORY if isinstance(layer, MemoryLayer) else _KINDS.get(name)
+    kind = _OURS.get(type(layer)) or _KINDS.get(name)
     if kind is None:
         raise UnsupportedModelError(
             f"Layer {place} of the cache is a {name}, and only layers of a memory and "
@@ -75,7 +77,7 @@ def kind_of(layer: Any, place: int) -> str:
 
 
 def content_of(
-    layer: Any, place: int, memory: AttentionMemory | None
+    layer: Any, place: int, memory: AttentionMemory | None = None
 ) -> tuple[Content, dict[str, Written]]:
     """What has to be written of a layer, which `memory` fills where it holds one.
 
@@ -86,6 +88,9 @@ def content_of(
     if kind == MEMORY:
         assert memory is not None
         return _memory_content(layer, place, memory)
+    if kind == SESSION:
+        numbers, parts = layer.saved()
+        return Content(kind, numbers), {name: Written.whole(x) for name, x in parts.items()}
     numbers = {}
     if kind == SLIDING:
         numbers = {"seen": layer.cumulative_length, "recording": int(layer.record_past)}

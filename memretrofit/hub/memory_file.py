@@ -45,6 +45,7 @@ from memretrofit.hub.cache_layers import (
     content_of,
     kind_of,
 )
+from memretrofit.hub.cache_session import SessionSlot
 from memretrofit.hub.folder import sync
 from memretrofit.hub.mapped import Written, write_pieces
 from memretrofit.hub.memory_record import (
@@ -63,6 +64,9 @@ from memretrofit.hub.saving import memory_tensors
 from memretrofit.hub.tensors import differences, listing, spec_of
 from memretrofit.patching.cache import MemoryLayer, upgrade
 from memretrofit.patching.controls import memory_disabled
+from memretrofit.patching.ledger import ledger_of
+from memretrofit.patching.segment_visit import SegmentLedger
+from memretrofit.patching.session import Session, session_of
 from memretrofit.patching.surgery import AttentionLedger, attention_ledger_of
 from memretrofit.patching.wrapping import evaluating, unwrapped
 
@@ -99,7 +103,7 @@ def save_memory(
     """
     folder = Path(folder)
     inner = unwrapped(model)
-    ledger = attention_ledger_of(inner)
+    ledger = remembering_ledger(inner)
     rows, tokens = _filled(cache, ledger)
     memories = {seam.layer_idx: seam.memory for seam in ledger.seams.values()}
     contents = [
@@ -192,7 +196,7 @@ def load_memory(model: nn.Module, folder: str | Path, *, repeats: int = 1) -> Ca
     if repeats < 1:
         raise ConfigError(f"load_memory: repeats={repeats}; pass at least 1")
     inner = unwrapped(model)
-    ledger = attention_ledger_of(inner)
+    ledger = remembering_ledger(inner)
     record = read_remembered(folder)
     _check_model(inner, ledger, record)
     if added_sha256(model) != record.added_sha256:
@@ -203,6 +207,11 @@ def load_memory(model: nn.Module, folder: str | Path, *, repeats: int = 1) -> Ca
         )
     cache = DynamicCache(config=inner.config)
     slots = _slots(inner, cache, ledger, record)
+    if len(slots) != record.layers:
+        raise CheckpointError(
+            f"{record.folder} holds {record.layers} layers, and this model's cache has "
+            f"{len(slots)}. Load the model that read the text."
+        )
     for place, slot in enumerate(slots):
         path = record.path(layer_file(place))
         header = checked_header(record, path)
@@ -240,33 +249,49 @@ def _names(folder: Path, data: Path) -> bool:
         return False
 
 
-def _filled(cache: Any, ledger: AttentionLedger) -> tuple[int, int]:
+def remembering_ledger(model: nn.Module) -> AttentionLedger | SegmentLedger:
+    """What was added to a model whose cache can be saved.
+
+    Raises:
+        StateError: the model is not patched, or its memory keeps no conversation.
+    """
+    ledger = ledger_of(model)
+    return ledger if isinstance(ledger, SegmentLedger) else attention_ledger_of(model)
+
+
+def _filled(cache: Any, ledger: AttentionLedger | SegmentLedger) -> tuple[int, int]:
     """Rows and tokens of a cache that the model of `ledger` filled."""
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise UnsupportedModelError(
             f"A {type(cache).__name__} is no cache of a patched model. Pass what a forward "
             "returned as past_key_values."
         )
+    if isinstance(ledger, SegmentLedger):
+        owners = {0: ledger.owner}
+    else:
+        owners = {seam.layer_idx: seam.owner.key for seam in ledger.seams.values()}
     found = (0, 0)
-    for seam in ledger.seams.values():
-        layer = cache.layers[seam.layer_idx] if seam.layer_idx < len(cache.layers) else None
-        if not isinstance(layer, MemoryLayer) or layer.owner != seam.owner.key:
+    for place, owner in owners.items():
+        layer = cache.layers[place] if place < len(cache.layers) else None
+        if not isinstance(layer, (MemoryLayer, Session)) or layer.owner != owner:
             kind = "no layer" if layer is None else f"a {type(layer).__name__}"
             raise StateError(
-                f"Layer {seam.layer_idx} of this cache is {kind} that this patched model did not "
+                f"Layer {place} of this cache is {kind} that this patched model did not "
                 "fill. Pass a cache of this model: model(ids, use_cache=True).past_key_values."
             )
-        key = layer.streams["key"].view
-        if key is None or not layer.seen:
+        rows = layer.counts if isinstance(layer, Session) else layer.streams["key"].view
+        if rows is None or not layer.seen:
             raise StateError(
                 "This cache holds no token, so there is nothing to remember. Read a text first: "
                 "model(ids, past_key_values=cache)."
             )
-        found = key.shape[0], layer.seen
+        found = len(rows), layer.seen
     return found
 
 
-def _check_model(model: nn.Module, ledger: AttentionLedger, record: Remembered) -> None:
+def _check_model(
+    model: nn.Module, ledger: AttentionLedger | SegmentLedger, record: Remembered
+) -> None:
     """Refuse a model under which the saved conversation would mean something else."""
     asked = f"The conversation in {record.folder} was read by"
     if told := base_differences(model, record.base):
@@ -294,16 +319,15 @@ def _check_model(model: nn.Module, ledger: AttentionLedger, record: Remembered) 
         )
 
 
-def _slots(model: Any, cache: Cache, ledger: AttentionLedger, record: Remembered) -> list[Slot]:
+def _slots(
+    model: Any, cache: Cache, ledger: AttentionLedger | SegmentLedger, record: Remembered
+) -> list[Slot] | list[SessionSlot]:
     """What every layer of a fresh cache of the model may be filled with."""
+    if isinstance(ledger, SegmentLedger):
+        return [SessionSlot(session_of(cache, ledger.owner), ledger, model, record.rows)]
     inner = {seam.layer_idx: seam for seam in ledger.seams.values()}
     for index, seam in inner.items():
         upgrade(cache, index, seam.memory, seam.owner.key)
-    if len(cache.layers) != record.layers:
-        raise CheckpointError(
-            f"{record.folder} holds {record.layers} layers, and this model's cache has "
-            f"{len(cache.layers)}. Load the model that read the text."
-        )
     sites = {site.layer_idx: site for site in ledger.sites}
     anywhere = ledger.device_of(ledger.sites[0])
     return [
@@ -332,7 +356,7 @@ def _cached_size(model: Any, place: int) -> tuple[Size, Size]:
 def added_sha256(model: nn.Module) -> str:
     """SHA-256 over what a patch and PEFT added to the base model: names, types, shapes, values."""
     inner = unwrapped(model)
-    added = memory_tensors(attention_ledger_of(inner))
+    added = memory_tensors(ledger_of(inner))
     base = {parameter for _, parameter in base_parameters(inner)}
     memories = {parameter for parameter in added.values()}
     added |= {

@@ -57,6 +57,16 @@ class Opening:
     real: Tensor | None = None
     """[B, P] bool: columns that a row does not have are read by nobody; None: all are there."""
 
+    def together(self) -> Opening:
+        """With the columns that a row does not have in front of all that it has. A sliding window
+        counts columns: one that is missing in between would push others out of sight.
+        """
+        if self.real is None or bool(self.real.all()):
+            return self
+        order = self.real.int().argsort(dim=-1, stable=True)
+        embeds = self.embeds.gather(1, order[..., None].expand_as(self.embeds))
+        return Opening(embeds=embeds, real=self.real.gather(1, order))
+
 
 @dataclass(frozen=True)
 class Part:

@@ -161,4 +161,4 @@ def _opening(sinks: SinkTokens, columns: Tensor, real: Tensor, past: Past) -> Op
     return Opening(
         embeds=torch.cat([front, columns.to(front)], dim=1),
         real=torch.cat([real.new_ones(front.shape[:2]), real], dim=1),
-    )
+    ).together()

@@ -85,6 +85,11 @@ class Reader:
         """Take the cache of this call, made for it alone if `own`; slots that it has seen."""
         return cache.get_seq_length()
 
+    def undo(self) -> None:
+        """The call ended in an error: put its cache back as it was when the call began, where that
+        can be done.
+        """
+
     def lost(self) -> Tensor | None:
         """[B, 1] id of the last token, if it must be read again."""
         return None
@@ -163,18 +168,23 @@ class _Reading:
     def run(self) -> Any:
         """The output of the model for all pieces together."""
         if self.cache is not None:
-            return self._run(self.cache, own=False)
+            begin = self.reader.enter(self.cache, False)
+            try:
+                return self._run(self.cache, begin)
+            except BaseException:
+                self.reader.undo()
+                raise
         if self.model.training and self.model.is_activation_checkpointing:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} reads {self.new} tokens in pieces on a cache, and "
                 "gradient checkpointing in Transformers leaves the cache out. Train on texts that "
                 "are read in one piece, or turn checkpointing off."
             )
+        cache = DynamicCache(config=self.model.config)
         with _nothing_carried(self.controls):
-            return self._run(DynamicCache(config=self.model.config), own=True)
+            return self._run(cache, self.reader.enter(cache, True))
 
-    def _run(self, cache: Cache, *, own: bool) -> Any:
-        begin = self.reader.enter(cache, own)
+    def _run(self, cache: Cache, begin: int) -> Any:
         again = self.reader.lost()
         if again is not None:
             self._put_before(again)

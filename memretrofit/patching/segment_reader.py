@@ -87,16 +87,21 @@ class SegmentReader(Reader):
     def enter(self, cache: Cache, own: bool) -> int:
         """Find or make the session in `cache`."""
         self.session = session_of(cache, self.segments.owner)
+        self.held = vars(self.session.twin()) | {"earlier": [*self.session.earlier]}
         return self.session.seen
+
+    def undo(self) -> None:
+        """Nothing of the call was read."""
+        vars(self.session).update(self.held)
 
     def cuts(self, begin: int, end: int, real: Tensor | None) -> list[int]:
         """Where a row opens or closes a span."""
         counts, length = self.session.counts, self.length
         edges = {edge % length for edge in self.ends}
         if real is None:
-            seen = {0} if counts is None else {int(x) for x in counts}
-            slots = range(begin + 1, end + 1)
-            return [x for x in slots if any((n + x - begin) % length in edges for n in seen)]
+            seen = {0} if counts is None else {x % length for x in counts.tolist()}
+            firsts = {begin + (edge - n - 1) % length + 1 for edge in edges for n in seen}
+            return sorted(x for first in firsts for x in range(first, end + 1, length))
         new = real[:, begin:]
         ranks = new.cumsum(-1)  # tokens of the row up to and with each slot
         ranks = ranks if counts is None else ranks + counts[:, None]
@@ -156,6 +161,10 @@ class SegmentReader(Reader):
     def _begin(self, rows: int, device: torch.device) -> None:
         """The state of a conversation that has not begun, or a check of one that has."""
         session = self.session
+        if self.controls.shuffled and rows < 2:
+            raise StateError(
+                "state_shuffled swaps the states of whole rows; found one row. Pass at least two."
+            )
         if session.counts is None:
             session.state = self._first_state(rows)
             session.counts = torch.zeros(rows, dtype=torch.long, device=device)

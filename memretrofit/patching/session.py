@@ -10,7 +10,7 @@ closed span, or to another row's opening, is not valid.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,10 @@ from memretrofit.errors import StateError, UnsupportedModelError
 from memretrofit.modules.segment_memory import Part, State
 
 Rows = Callable[[Tensor], Tensor]
+NUMBERS = ("seen", "open", "record_past")
+"""What a session counts and notes beside its tensors."""
+TENSORS = ("counts", "valid", "embeds")
+"""What it holds beside the state and the open span."""
 
 
 class Session(DynamicLayer):
@@ -142,11 +146,49 @@ class Session(DynamicLayer):
     def apply(self, function: Rows) -> None:
         """Reorder, repeat or choose rows of all that is held."""
         for each in (self, *self.earlier):
-            for name in ("counts", "valid", "embeds"):
+            for name in TENSORS:
                 held = getattr(each, name)
                 setattr(each, name, None if held is None else function(held))
             each.state = {k: function(x) for k, x in each.state.items()}
             each.map_columns(function)
+
+    # What a file keeps
+
+    def saved(self) -> tuple[dict[str, int], dict[str, Tensor]]:
+        """All but what is kept for a crop across a border, as numbers and tensors by name: what
+        `restore` takes.
+        """
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        tensors |= {f"state.{name}": x for name, x in self.state.items()}
+        if self.columns:
+            for index, layer in enumerate(self.layers):
+                tensors |= {f"key.{index}": layer.keys, f"value.{index}": layer.values}
+        numbers = {name: int(getattr(self, name)) for name in NUMBERS}
+        return numbers, {name: x for name, x in tensors.items() if x is not None}
+
+    def faults(self, numbers: Mapping[str, int]) -> list[str]:
+        """Why these are not the numbers of a session; empty where they may be."""
+        if missing := [name for name in NUMBERS if name not in numbers]:
+            return [f"no number {', '.join(missing)}"]
+        if 0 < numbers["seen"] >= numbers["open"]:
+            return []
+        told = ", ".join(f"{name} {numbers[name]}" for name in NUMBERS)
+        return [f"the counters do not belong together: {told}"]
+
+    def restore(self, numbers: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+        """Fill a fresh session with what `saved` gave; numbers without `faults`."""
+        for name in NUMBERS:
+            setattr(self, name, type(getattr(self, name))(numbers[name]))
+        for name in TENSORS:
+            setattr(self, name, tensors.get(name))
+        prefix = "state."
+        named = (x for x in tensors.items() if x[0].startswith(prefix))
+        self.state = {name.removeprefix(prefix): x for name, x in named}
+        while (key := tensors.get(f"key.{len(self.layers)}")) is not None:
+            layer, value = DynamicLayer(), tensors[f"value.{len(self.layers)}"]
+            layer.lazy_initialization(key, value)
+            layer.keys, layer.values = key, value
+            self.inner.layers.append(layer)
 
     # What the seam calls
 

@@ -95,7 +95,10 @@ def test_padded_rows_generate_what_they_generate_alone(family, arm):
 def test_prompt_lookup_is_greedy(arm, how):
     """Candidates that are rejected across a border leave no trace in the state."""
     part = tokens(1, segment_of(arm))
-    model, ids = reading("llama", arm), torch.cat([part, part, part[:, : -(-part.shape[1] // 2)]], 1)
+    model, ids = (
+        reading("llama", arm),
+        torch.cat([part, part, part[:, : -(-part.shape[1] // 2)]], 1),
+    )
     assert torch.equal(generate(model, ids, do_sample=False, **how), greedy_by_hand(model, ids))
 
 

@@ -34,6 +34,8 @@ from memretrofit.retrofit import memory_parameters
 
 MIXED = {"mixtral", "deepseek_v3"}
 """Families whose experts multiply all columns that chose them: trailing ones move the last bits."""
+DECLARED = {"armt": "no gradient through c_i", "mplus": "straight through the score of a row"}
+"""Methods with a gradient that is no derivative, as their files say."""
 SAME = [(family, arm) for family, arm in LIVE if identity(arm) == "segment"]
 
 
@@ -143,13 +145,11 @@ def test_every_parameter_learns_through_what_is_carried(family, arm):
     assert all(model.get_parameter(name).grad is None for name in others)
 
 
-@every_arm
+@pytest.mark.parametrize("arm", [a for a in ARMS if ARMS[a].method not in DECLARED])
 def test_gradients_are_derivatives(arm):
     """In one direction, through the state of several segments. Norms of GPT-NeoX, unlike those of
-    Llama, are float64 where the model is."""
+    Llama, are float64 where the model is; a pool is float32 there too."""
     model, ids = reading("gpt_neox", arm, dtype=torch.float64), text(arm, rows=1)
-    if ARMS[arm].method == "mplus":
-        pytest.skip("the score of a recalled row has a gradient that is declared, not derived")
     parameters = list(memory_parameters(model).values())
     generator = torch.Generator().manual_seed(0)
     directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
@@ -166,10 +166,10 @@ def test_gradients_are_derivatives(arm):
     with torch.no_grad():
         for sign in (1, -2):
             for p, d in zip(parameters, directions, strict=True):
-                p.add_(sign * 1e-5 * d)
+                p.add_(sign * 1e-4 * d)
             values.append(loss())
-    assert abs((values[0] - values[1]) / 2e-5 - slope) < 1e-4 * max(1, abs(slope))
-    assert abs(slope) > 1e-3
+    assert abs((values[0] - values[1]) / 2e-4 - slope) < 1e-3 * max(1, abs(slope))
+    assert abs(slope) > 1e-2
 
 
 @every_live

@@ -16,8 +16,9 @@ from task_checks import (
     prose,
 )
 
+from memretrofit.data.sentences import split_sentences
 from memretrofit.errors import ConfigError
-from memretrofit.evaluation.material.prose import Prose, load_prose, split_sentences
+from memretrofit.evaluation.material.prose import Prose, load_prose
 from memretrofit.evaluation.scoring import SCORES, rank_match, score, strict_match
 from memretrofit.evaluation.task import Draft, Item, Task, token_counter
 from memretrofit.evaluation.tasks import available_tasks, get_tasks

@@ -16,7 +16,7 @@ from task_checks import (
     prose,
 )
 
-from memretrofit.evaluation.material.personas import (
+from memretrofit.data.personas import (
     ATTRIBUTES,
     EVENTS,
     HABITS,

@@ -15,7 +15,7 @@ from memretrofit.retrofit import patch
 KEYS = VALUES = 8
 PAIR = 2
 """Tokens of a segment: a key and its value."""
-STEPS, BATCH, RATE = 300, 128, 1e-2
+STEPS, BATCH, RATE = 400, 128, 1e-2
 CHANCE = 0.25
 """Twice what a guess gets: five standard deviations of 256 guesses above it."""
 

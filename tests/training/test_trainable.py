@@ -10,6 +10,8 @@ from training.tiny import patched
 
 from memretrofit import AHNConfig, LoLCATsConfig, WindowSinksConfig
 from memretrofit.errors import CheckpointError, ConfigError, StateError
+from memretrofit.methods.armt import ARMTConfig
+from memretrofit.methods.rmt import RMTConfig
 from memretrofit.retrofit import memory_parameters
 from memretrofit.training import (
     GradientWatch,
@@ -31,8 +33,18 @@ def test_memory_alone(method):
     assert all(".memory." in name for name in learning)
 
 
-def test_lora_reaches_every_projection_and_never_the_memory():
-    model = patched()
+@pytest.mark.parametrize(
+    "method",
+    [
+        AHNConfig(sliding_window=16),
+        RMTConfig(segment_length=16),  # beside the decoder
+        ARMTConfig(segment_length=16),  # and in layers
+        ARMTConfig(segment_length=16, layers_to_transform=(1,)),
+    ],
+    ids=["attention", "decoder", "layers", "one layer"],
+)
+def test_lora_reaches_every_projection_and_never_the_memory(method):
+    model = patched(method)
     wrapped, promised = trainable_parameters(model, "memory+lora", lora_rank=2)
     assert isinstance(wrapped, PeftModel)
     lora = {name for name in promised if ".lora_" in name}
