@@ -204,6 +204,10 @@ class TrainSection(Checked):
                 f"stages={list(self.stages)}: expected none, transfer, distill, both in order, "
                 "inject, or recurrence"
             )
+        if self.stages == ("recurrence",) and "precision" not in faulty:
+            unheard = [f"precision={self.precision}"] if self.precision != "fp32" else []
+            unheard += ["gradient_checkpointing=true"] if self.gradient_checkpointing else []
+            found += [f"{x}: the stage recurrence has none; see recurrence.credit" for x in unheard]
         ranges = {"window_range": self.window_range, "sink_range": self.sink_range}
         found += [f"{k}: is empty" for k, v in ranges.items() if k not in faulty and not v]
         if faulty & {"window_range", "sink_range", "sequence_length"} or not all(ranges.values()):

@@ -35,8 +35,8 @@ class TokenRows(nn.Module):
         self.weight = nn.Parameter(rows.float())
 
     def forward(self) -> Tensor:
-        """The rows [M, E]."""
-        return self.weight
+        """The rows [M, E]; a copy, which a conversation may keep while they train on."""
+        return self.weight.clone()
 
 
 @dataclass(eq=False)

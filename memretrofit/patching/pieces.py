@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from memretrofit.errors import UnsupportedModelError
+from memretrofit.errors import StateError, UnsupportedModelError
 from memretrofit.patching.ledger import ledger_of
 from memretrofit.patching.wrapping import named_arguments
 
@@ -80,6 +80,9 @@ class Reader:
         """`call` has no tokens, or ids and embeddings, or a mask that is more than padding: refuse
         it here, or leave it to the model.
         """
+
+    def accept(self, call: dict[str, Any]) -> None:
+        """Look at the whole call before anything of it is read; raise what it cannot be."""
 
     def enter(self, cache: Cache, own: bool) -> int:
         """Take the cache of this call, made for it alone if `own`; slots that it has seen."""
@@ -167,6 +170,12 @@ class _Reading:
 
     def run(self) -> Any:
         """The output of the model for all pieces together."""
+        if self.model.training and self.model.is_activation_checkpointing:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} reads {self.new} tokens in pieces on a cache, and "
+                "gradient checkpointing in Transformers leaves the cache out. Train on texts that "
+                "are read in one piece with use_cache=False, or turn checkpointing off."
+            )
         if self.cache is not None:
             begin = self.reader.enter(self.cache, False)
             try:
@@ -174,12 +183,6 @@ class _Reading:
             except BaseException:
                 self.reader.undo()
                 raise
-        if self.model.training and self.model.is_activation_checkpointing:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} reads {self.new} tokens in pieces on a cache, and "
-                "gradient checkpointing in Transformers leaves the cache out. Train on texts that "
-                "are read in one piece, or turn checkpointing off."
-            )
         cache = DynamicCache(config=self.model.config)
         with _nothing_carried(self.controls):
             return self._run(cache, self.reader.enter(cache, True))
@@ -191,6 +194,7 @@ class _Reading:
             cache.crop(-1)
             begin -= 1
         end = begin + self.new
+        self._check(end)
         keep = self._kept_from(end, begin + (again is not None))
         cuts = self.reader.cuts(begin, end, self._real(end))
         bounds = [begin, *(x for x in cuts if x < end), end]
@@ -207,6 +211,16 @@ class _Reading:
             logits.append(kept if kept.shape == last.logits.shape else kept.clone())
             hidden.append(last.get("hidden_states"))
         return self._joined(last, cache, logits, hidden, int(again is not None))
+
+    def _check(self, end: int) -> None:
+        mask = self.call.get("attention_mask")
+        if mask is not None and mask.shape[1] != end:
+            raise StateError(
+                f"The attention mask is {mask.shape[1]} tokens wide, and with this call the text "
+                f"has {end}: {end - self.new} that the cache has seen and {self.new} new ones. "
+                "Pass a mask of all, or none."
+            )
+        self.reader.accept(self.call)
 
     def _piece(self, columns: slice, low: int, high: int, closes: bool, keep: int) -> Piece:
         call = dict(self.call)

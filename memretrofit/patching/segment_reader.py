@@ -11,12 +11,9 @@ and span.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,46 +21,42 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from memretrofit.errors import StateError, UnsupportedModelError
+from memretrofit.errors import ConfigError, StateError
 from memretrofit.modules.bank import PAD
-from memretrofit.modules.segment_memory import Columns, Part, Past, State
+from memretrofit.modules.segment_memory import Columns, Past, State
 from memretrofit.patching.history import refuse_packing
-from memretrofit.patching.pieces import JOINED, Piece, Reader
+from memretrofit.patching.pieces import Piece, Reader
+from memretrofit.patching.segment_columns import (
+    KEEP,
+    Parts,
+    Plan,
+    chooses_logits,
+    known,
+    or_ones,
+    slides,
+    tokens_of,
+    where_rows,
+)
 from memretrofit.patching.segment_visit import Visit, segment_ledger_of, visiting
 from memretrofit.patching.session import Session, session_of
+from memretrofit.patching.wrapping import positions_of
 
 OURS = ("attention_mask", "position_ids", "cache_position", "input_ids", "inputs_embeds")
 """Arguments of a forward that differ between a text and its segments."""
-KEEP = "logits_to_keep"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """One forward: what it reads, and what the text is afterwards."""
-
-    columns: Columns
-    call: dict[str, Any]
-    opening: int
-    tokens: int
-    trailing: int
-    counts: Tensor
-    """[B] tokens of each row."""
-    embeds: Tensor
-    """As `Session.embeds`."""
 
 
 class SegmentReader(Reader):
     """Opens, reads and closes the spans of every row of one call."""
 
     session: Session
-    plan: _Plan
+    plan: Plan
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self.segments = segment_ledger_of(model)
         self.memory, self.controls = self.segments.memory, self.segments.controls
         self.decoder = self.segments.decoder
-        self.contiguous = _slides(model)
+        self.contiguous = slides(model)
         spans = self.memory.spans
         self.ends = list(itertools.accumulate(spans))
         self.begins = [end - length for end, length in zip(self.ends, spans, strict=True)]
@@ -83,6 +76,18 @@ class SegmentReader(Reader):
             f"attention mask or none; found {' and '.join(given) or 'neither'}{shape}. Pass one "
             "sequence per row."
         )
+
+    def accept(self, call: dict[str, Any]) -> None:
+        """Refuse packed rows: a text would read the memory of the one before it.
+
+        Raises:
+            StateError: positions begin anew inside a row.
+        """
+        positions, mask = call.get("position_ids"), call.get("attention_mask")
+        if isinstance(positions, Tensor) and positions.dim() == 2:
+            there = torch.ones_like(positions, dtype=torch.bool)
+            there = there if mask is None else mask[:, -positions.shape[-1] :].bool()
+            refuse_packing(torch.where(there, 0, PAD), positions)
 
     def enter(self, cache: Cache, own: bool) -> int:
         """Find or make the session in `cache`."""
@@ -118,15 +123,13 @@ class SegmentReader(Reader):
         if embeds is None:
             embeds = self.model.get_input_embeddings()(piece.ids)
         new = None if piece.real is None else piece.real[:, piece.low :]
-        there = _or_ones(new, embeds)
-        refuse_packing(torch.where(there, 0, PAD), piece.call.get("position_ids"))
         self._begin(len(embeds), embeds.device)
         self.plan = plan = self._plan(embeds, new)
         if not plan.opening and not plan.trailing and piece.ids is not None:
             plan.call["input_ids"] = piece.ids
             del plan.call["inputs_embeds"]
         piece.call = {k: x for k, x in piece.call.items() if k not in OURS} | plan.call
-        if _chooses_logits(type(self.model)):
+        if chooses_logits(type(self.model)):
             high = plan.opening + plan.tokens
             low = high - 1 if piece.wanted >= piece.high else plan.opening
             piece.call[KEEP] = torch.arange(low, high, device=embeds.device)
@@ -156,7 +159,7 @@ class SegmentReader(Reader):
             while following < len(self.memory.spans) and not self.memory.spans[following]:
                 self._read_again(following, closing.rows, segments)
                 following += 1
-        return _tokens_of(output, plan)
+        return tokens_of(output, plan)
 
     def _begin(self, rows: int, device: torch.device) -> None:
         """The state of a conversation that has not begun, or a check of one that has."""
@@ -202,16 +205,16 @@ class SegmentReader(Reader):
 
     def _past(self, state: State, counts: Tensor, embeds: Tensor, segments: Tensor) -> Past:
         kept = embeds[:, max(embeds.shape[1] - self.memory.kept_tokens, 0) :]
-        real = _known(kept.shape[1], counts)
+        real = known(kept.shape[1], counts)
         return Past(state=state, segments=segments, embeds=kept, real=real)
 
-    def _plan(self, embeds: Tensor, new: Tensor | None) -> _Plan:
+    def _plan(self, embeds: Tensor, new: Tensor | None) -> Plan:
         """What the forward of a piece reads: openings, tokens [B, T, E] and what trails them."""
         counts, tokens = self._counts, embeds.shape[1]
         segments, state = counts // self.length, self._read_state()
         first = torch.ones_like(counts, dtype=torch.bool) if new is None else new[:, 0]
         kept = embeds[:, :0] if self.session.embeds is None else self.session.embeds
-        openings = _Parts(0)
+        openings = Parts(0)
         for span, begin in enumerate(self.begins):
             rows = first & (counts % self.length == begin)
             if self.memory.spans[span] and bool(rows.any()):
@@ -224,18 +227,18 @@ class SegmentReader(Reader):
                 openings.add(span, rows, found and found.embeds, found and found.real)
         if self.contiguous and self.session.ragged(openings.parts):
             self._read_alone(openings, state, segments)
-            openings = _Parts(0)
+            openings = Parts(0)
         added = torch.full_like(counts, tokens) if new is None else new.sum(-1)
         after, kept = counts + added, self._keep(kept, embeds, new)
-        closings = _Parts(openings.end + tokens)
+        closings = Parts(openings.end + tokens)
         for span, end in enumerate(self.ends):
             rows = (added > 0) & (after % self.length == end % self.length)
             if self.memory.spans[span] and bool(rows.any()):
                 past = self._past(state, after, kept, segments)
                 closings.add(span, rows, self.memory.trailing(span, past), None)
-        real = [*openings.real, _or_ones(new, embeds), *closings.real]
+        real = [*openings.real, or_ones(new, embeds), *closings.real]
         columns = self._columns(state, segments, torch.cat(real, dim=1), openings, closings)
-        return _Plan(
+        return Plan(
             columns=columns,
             call=self._call([*openings.embeds, embeds, *closings.embeds], columns.real),
             opening=openings.end,
@@ -245,18 +248,21 @@ class SegmentReader(Reader):
             embeds=kept,
         )
 
-    def _read_alone(self, openings: _Parts, state: State, segments: Tensor) -> None:
+    def _read_alone(self, openings: Parts, state: State, segments: Tensor) -> None:
         """Read openings before the piece, so that every row's columns can be put side by side."""
         if openings.end:
             real = torch.cat(openings.real, dim=1)
-            columns = self._columns(state, segments, real, openings, _Parts(openings.end))
+            columns = self._columns(state, segments, real, openings, Parts(openings.end))
             with visiting(self._visit(columns)):
                 self.decoder(**self._call(openings.embeds, columns.real))
             self.session.extend(columns.real, openings.end, 0)
-        self.session.align()
+        if self.session.valid is not None:  # columns are no slots any more: `crop` ends here
+            self.session.remember()
+            self.session.align()
+            self.session.open = 0
 
     def _columns(
-        self, state: State, segments: Tensor, real: Tensor, openings: _Parts, closings: _Parts
+        self, state: State, segments: Tensor, real: Tensor, openings: Parts, closings: Parts
     ) -> Columns:
         return Columns(
             state=state,
@@ -272,10 +278,24 @@ class SegmentReader(Reader):
         call: dict[str, Any] = {"inputs_embeds": embeds, "use_cache": True}
         call["past_key_values"] = self.session.inner
         mask = self.session.mask_with(real, embeds.shape[:2])
+        self._check_positions(mask, embeds.shape[1])
         if mask is not None:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
             call |= {"attention_mask": mask, "position_ids": positions}
         return call
+
+    def _check_positions(self, mask: Tensor | None, new: int) -> None:
+        most = positions_of(self.model)
+        used = self.session.columns + new
+        if most is None or used <= most:
+            return
+        used = used if mask is None else int(mask.sum(-1).max())
+        if used > most:
+            raise ConfigError(
+                f"a segment with what stands around it takes {used} positions, and "
+                f"{type(self.model).__name__} was trained on {most}: {self.segments.config}. "
+                "Shorten segment_length, or carry less."
+            )
 
     def _keep(self, before: Tensor, embeds: Tensor, new: Tensor | None) -> Tensor:
         """The tokens that may be read again, those of the piece behind the others."""
@@ -286,7 +306,7 @@ class SegmentReader(Reader):
         joined = torch.cat([before, embeds], dim=1)
         if new is None:
             return joined
-        real = torch.cat([_known(before.shape[1], self._counts), new], dim=1)
+        real = torch.cat([known(before.shape[1], self._counts), new], dim=1)
         order = real.int().argsort(dim=-1, stable=True)  # padding goes to the left
         return joined.gather(1, order[..., None].expand_as(joined))
 
@@ -303,9 +323,9 @@ class SegmentReader(Reader):
         past = self._past(session.state, self._counts, session.embeds, segments)
         written = visit.hidden[:, closing.begin : closing.end]
         found = visit.written[number] | self.memory.write(closing.span, written, past)
-        session.state = session.state | {
-            name: _where(closing.rows, x, session.state[name]) for name, x in found.items()
-        }
+        if not bool(closing.rows.all()):
+            found = {k: where_rows(closing.rows, x, session.state[k]) for k, x in found.items()}
+        session.state = session.state | found
 
     def _read_again(self, span: int, rows: Tensor, segments: Tensor) -> None:
         """A span of no tokens: what its opening becomes is written, and no column stays."""
@@ -314,9 +334,9 @@ class SegmentReader(Reader):
         opening = self.memory.opening(span, self._past(state, counts, session.embeds, segments))
         if opening is None:
             return
-        openings = _Parts(0)
+        openings = Parts(0)
         openings.add(span, rows, opening.embeds, opening.real)
-        closings = _Parts(openings.end)
+        closings = Parts(openings.end)
         closings.add(span, rows, None, None)
         columns = self._columns(state, segments, openings.real[0], openings, closings)
         visit = self._visit(columns)
@@ -324,68 +344,3 @@ class SegmentReader(Reader):
             self.decoder(**self._call(openings.embeds, columns.real))
         session.extend(None, 0, openings.end)
         self._write(visit, 0, segments)
-
-
-@functools.cache
-def _chooses_logits(model: type[PreTrainedModel]) -> bool:
-    return KEEP in inspect.signature(model.forward).parameters
-
-
-def _slides(model: PreTrainedModel) -> bool:
-    """Whether distance in attention is counted in columns, as it is in a sliding window: then no
-    other column may stand between those of a row.
-    """
-    return getattr(model.config.get_text_config(), "sliding_window", None) is not None
-
-
-class _Parts:
-    """Columns of several spans, one behind the other."""
-
-    def __init__(self, begin: int) -> None:
-        self.begin = self.end = begin
-        self.parts: list[Part] = []
-        self.embeds: list[Tensor] = []
-        self.real: list[Tensor] = []
-
-    def add(self, span: int, rows: Tensor, embeds: Tensor | None, real: Tensor | None) -> None:
-        """Columns [B, n, E] that `rows` [B] have, of those that are `real` [B, n]."""
-        begin = self.end
-        if embeds is not None and embeds.shape[1]:
-            self.end += embeds.shape[1]
-            self.embeds.append(embeds)
-            there = rows[:, None].expand(-1, embeds.shape[1])
-            self.real.append(there if real is None else there & real)
-        self.parts.append(Part(span, begin, self.end, rows))
-
-
-def _known(width: int, counts: Tensor) -> Tensor:
-    """[B, width] bool: which of the last columns hold a token, where the row has so many."""
-    return torch.arange(width, 0, -1, device=counts.device) <= counts[:, None]
-
-
-def _or_ones(real: Tensor | None, embeds: Tensor) -> Tensor:
-    return embeds.new_ones(embeds.shape[:2], dtype=torch.bool) if real is None else real
-
-
-def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """`new` in the chosen rows."""
-    if bool(rows.all()):
-        return new
-    return torch.where(rows.to(new.device).view(-1, *(1,) * (new.ndim - 1)), new, old)
-
-
-def _tokens_of(output: Any, plan: _Plan) -> Any:
-    """The output of the piece's own tokens."""
-    columns = slice(plan.opening, plan.opening + plan.tokens)
-    more = plan.opening + plan.trailing
-    unknown = [name for name in output if name not in JOINED and output[name] is not None]
-    if more and unknown:
-        raise UnsupportedModelError(
-            f"A model that reads in segments was asked for {', '.join(unknown)}, and these would "
-            f"be of {more} more columns than tokens. Do not ask for them."
-        )
-    if output.get("hidden_states") is not None:
-        output["hidden_states"] = tuple(x[:, columns] for x in output["hidden_states"])
-    if output.logits.shape[1] == plan.tokens + more and more:
-        output["logits"] = output.logits[:, columns]
-    return output

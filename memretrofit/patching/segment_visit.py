@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,6 +74,16 @@ class Visit:
     hidden: Tensor | None = None
     """[B, C, E] the decoder's last hidden states."""
 
+    @cached_property
+    def read_by_layer(self) -> dict[int, State]:
+        """What each layer reads, under its own names."""
+        return _by_layer(self.columns.state)
+
+    @cached_property
+    def held_by_layer(self) -> dict[int, State]:
+        """What each layer writes to, under its own names."""
+        return _by_layer(self.state)
+
 
 _current: ContextVar[Visit | None] = ContextVar("memretrofit_segment_visit", default=None)
 
@@ -118,7 +129,7 @@ class LayerHook:
         visit = _current.get()
         if visit is None:
             return None
-        state = _own(visit.columns.state, self.index)
+        state = visit.read_by_layer.get(self.index, {})
         hidden = self.memory.read(hidden_of(args, kwargs), state, visit.columns)
         if args:
             return (hidden, *args[1:]), kwargs
@@ -131,7 +142,8 @@ class LayerHook:
             return
         before, after = hidden_of(args, kwargs), output[0] if isinstance(output, tuple) else output
         for number, closing in enumerate(visit.columns.closings):
-            found = self.memory.write(before, after, _own(visit.state, self.index), closing)
+            state = visit.held_by_layer.get(self.index, {})
+            found = self.memory.write(before, after, state, closing)
             written = visit.written[number]
             written |= {f"{self.index}.{name}": x for name, x in found.items()}
 
@@ -143,7 +155,10 @@ def note_hidden(decoder: nn.Module, args: tuple, output: Any) -> None:
         visit.hidden = output[0]
 
 
-def _own(state: State, index: int) -> State:
-    """The part of a state that belongs to one layer, under its own names."""
-    prefix = f"{index}."
-    return {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
+def _by_layer(state: State) -> dict[int, State]:
+    found: dict[int, State] = {}
+    for name, x in state.items():
+        layer, dot, own = name.partition(".")
+        if dot:
+            found.setdefault(int(layer), {})[own] = x
+    return found

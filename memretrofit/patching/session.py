@@ -190,6 +190,10 @@ class Session(DynamicLayer):
             layer.keys, layer.values = key, value
             self.inner.layers.append(layer)
 
+    def detach(self) -> None:
+        """Cut all that is held off its graph: gradients end here, and what made it can be freed."""
+        self.apply(Tensor.detach)
+
     # What the seam calls
 
     @property

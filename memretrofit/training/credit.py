@@ -135,7 +135,7 @@ def _truncated(text: SegmentedText, segments: int) -> None:
         left = len(text) - number - 1
         if left % segments == 0:
             _go_back(losses, [], [])
-            text.carried(cache).apply(Tensor.detach)
+            text.carried(cache).detach()
             losses = []
 
 

@@ -159,6 +159,11 @@ def train_recurrence(
         watch.observe(folded=segments == most)
         learning = [p for p in promised.values() if p.grad is not None]
         norm = float(nn.utils.clip_grad_norm_(learning, settings.max_grad_norm))
+        if not math.isfinite(norm):  # no step with it, and no checkpoint of what it would leave
+            raise StateError(
+                f"the gradient of step {step + 1} has norm {norm}; lower the learning rates, or "
+                "train in float32"
+            )
         factor = learning_rate_factor(step, settings.steps, settings.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class _RandomTexts:
 
     def batch(self, segments: int, size: int, key: str, *, held_out: bool = False) -> _Batch:
         """See `Texts`."""
-        generator = torch.Generator().manual_seed(len(key))
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
         shape = size, segments * self.segment_length
         ids = torch.randint(self.vocabulary, shape, generator=generator)
         labels = torch.full_like(ids, IGNORED)

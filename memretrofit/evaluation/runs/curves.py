@@ -52,9 +52,9 @@ def _table(run: TaskRun, score: Score) -> Table | None:
             row += [f"{-(-length // segment)}"] if segment else []
             row += [f"{length / trained:.3g}"] if trained else []
             if trained:
-                lost = start is not None and length > trained
-                here = lines["trained"][length][0] if lost else 0.0
-                row.append(f"{start - here + 0.0:+.2f}" if lost and start is not None else "–")
+                here = lines.get("trained", {}).get(length)
+                told = start is not None and here is not None and length > trained
+                row.append(f"{start - here[0] + 0.0:+.2f}" if told else "–")
             row += [_cell(line.get(length)) for line in lines.values()]
             rows.append(row)
     if not rows:
