@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 
 class MemretrofitError(Exception):
@@ -54,6 +54,11 @@ class StateError(MemretrofitError):
 def did_you_mean(name: object, legal: Iterable[str]) -> str:
     """The tail of an error about an unknown name: the nearest legal one, and all of them."""
     names = sorted(legal)
-    near = get_close_matches(str(name), names, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = get_close_matches(str(name), names, n=3, cutoff=0.6)
+
+    def likeness(other: str) -> tuple[float, bool]:
+        ratio = SequenceMatcher(None, other, str(name)).ratio()
+        return ratio, other[:1] == str(name)[:1]  # of two as near, the one that begins like it
+
+    hint = f"did you mean {max(near, key=likeness)!r}? " if near else ""
     return f"{hint}legal: {', '.join(names) if names else 'none'}"
