@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from memretrofit import AHNConfig, from_pretrained, patch, save_pretrained
+from memretrofit import AHNConfig, RMTConfig, from_pretrained, patch, save_pretrained
 from memretrofit.cli import app
+from memretrofit.config import MethodConfig
 from memretrofit.hub import load_base, read_remembered, remembered_ids
 
 runner = CliRunner()
@@ -105,22 +106,29 @@ def test_stdin(base: Path, tmp_path: Path) -> None:
     assert read_remembered(tmp_path / "x").text_name == "stdin"
 
 
-def trained(base: Path, folder: Path) -> Path:
+AHN = AHNConfig(sliding_window=16, num_sink_tokens=2)
+IN_SEGMENTS = RMTConfig(segment_length=50, num_memory_tokens=3)
+
+
+def trained(base: Path, folder: Path, config: MethodConfig = AHN) -> Path:
     """A saved memory with parameters of its own."""
-    model = patch(load_base(base), AHNConfig(sliding_window=16, num_sink_tokens=2))
+    model = patch(load_base(base), config)
     save_pretrained(model, folder, tokenizer=letters())
     return folder
 
 
-def test_a_saved_memory_remembers_and_answers(base: Path, text: Path, tmp_path: Path) -> None:
-    saved, out = trained(base, tmp_path / "saved"), tmp_path / "book.mem"
+@pytest.mark.parametrize("config", [AHN, IN_SEGMENTS], ids=["ahn", "rmt"])
+def test_a_saved_memory_remembers_and_answers(
+    config: MethodConfig, base: Path, text: Path, tmp_path: Path
+) -> None:
+    saved, out = trained(base, tmp_path / "saved", config), tmp_path / "book.mem"
     assert run("remember", text, "-o", out, "--base", saved).exit_code == 0
     assert read_remembered(out).method == from_pretrained(saved).memretrofit_patch.config
     asked = ("--memory", out, "--prompt", QUESTION, "--max-new-tokens", 3)
     assert run("generate", saved, *asked).exit_code == 0
     found = run("generate", base, *asked)  # without the trained parameters
     assert found.exit_code == 2
-    assert "StateError: ahn has" in found.stderr
+    assert f"StateError: {config.method} has" in found.stderr
     plain = [run("generate", saved, "--prompt", QUESTION, *x) for x in ((), ("--device", "cpu"))]
     assert [done.exit_code for done in plain] == [0, 0]
     assert plain[0].stdout == plain[1].stdout

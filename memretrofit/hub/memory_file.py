@@ -105,7 +105,8 @@ def save_memory(
     inner = unwrapped(model)
     ledger = remembering_ledger(inner)
     rows, tokens = _filled(cache, ledger)
-    memories = {seam.layer_idx: seam.memory for seam in ledger.seams.values()}
+    seams = ledger.seams.values() if isinstance(ledger, AttentionLedger) else ()
+    memories = {seam.layer_idx: seam.memory for seam in seams}
     contents = [
         content_of(layer, place, memories.get(place)) for place, layer in enumerate(cache.layers)
     ]

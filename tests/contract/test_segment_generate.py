@@ -8,12 +8,24 @@ import pytest
 import torch
 from contract.families import build, tokens
 from contract.runs import left_padded, positions_of
-from contract.segment_arms import every_arm, every_live, every_method, reading, segment_of, session
+from contract.segment_arms import (
+    ARMS,
+    every_arm,
+    every_live,
+    every_method,
+    reading,
+    segment_of,
+    session,
+)
 from transformers import DynamicCache
 
 from memretrofit.errors import UnsupportedModelError
 
 NEW = 12
+every_short = pytest.mark.parametrize(
+    "arm", [arm for arm in ARMS if arm in (ARMS[arm].method, f"{ARMS[arm].method}-short")]
+)
+"""Each method, and with segments shorter than a draft."""
 ROWS: dict[str, dict[str, Any]] = {
     "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20},
     "beam 3": {"do_sample": False, "num_beams": 3},
@@ -62,7 +74,7 @@ def test_greedy_is_the_argmax_of_plain_forwards(family, arm):
 
 
 @pytest.mark.parametrize("mode", list(ROWS))
-@every_arm
+@every_method
 def test_every_mode_is_the_same_without_a_cache(arm, mode):
     """Beams are recomputed there, and reordered here: the state must have moved with them."""
     model, ids = reading("llama", arm), prompt(arm, rows=2)
@@ -91,7 +103,7 @@ def test_padded_rows_generate_what_they_generate_alone(family, arm):
 
 
 @pytest.mark.parametrize("how", list(ONE_ROW.values()), ids=list(ONE_ROW))
-@every_arm
+@every_short
 def test_prompt_lookup_is_greedy(arm, how):
     """Candidates that are rejected across a border leave no trace in the state."""
     part = tokens(1, segment_of(arm))
@@ -103,7 +115,7 @@ def test_prompt_lookup_is_greedy(arm, how):
 
 
 @pytest.mark.parametrize("helper", ["another", "base", "twin"])
-@every_arm
+@every_method
 def test_assisted_decoding_is_greedy(arm, helper):
     """An assistant that agrees never, at times, and always: crops of every length."""
     model, ids = reading("llama", arm), prompt(arm)
