@@ -24,7 +24,8 @@ their own in GPT-2's table. (4) A segment that fills up while generating is writ
 begins; the authors' generation stays in the last one.
 
 Reduces to: the base model on each segment alone, bit for bit, while W_v is zero or nothing is
-written.
+written. Where experts share the columns of a forward, the last bits differ: they add up trailing
+tokens with the others.
 """
 
 from __future__ import annotations

@@ -53,8 +53,10 @@ def _table(run: TaskRun, score: Score) -> Table | None:
             row += [f"{length / trained:.3g}"] if trained else []
             if trained:
                 here = lines.get("trained", {}).get(length)
-                told = start is not None and here is not None and length > trained
-                row.append(f"{start - here[0] + 0.0:+.2f}" if told else "–")
+                if start is None or here is None or length <= trained:
+                    row.append("–")
+                else:
+                    row.append(f"{start - here[0] + 0.0:+.2f}")
             row += [_cell(line.get(length)) for line in lines.values()]
             rows.append(row)
     if not rows:
