@@ -17,11 +17,10 @@ The M keys of a segment all meet the state before it. Write tokens are the same 
 and change nothing in front of them. 2 E d + E^2 + E + 1 parameters and 4 D (E + 1) bytes of a
 row's state in each layer, at any length.
 
-Differs from the paper: (1) write tokens begin near the embedding of the token that begins a text;
-the published ones, and those of the presets, begin at random. (2) State and reads are float32 in
-any model. (3) Positions simply go on behind the segment; the authors give write tokens rows of
-their own in GPT-2's table. (4) A segment that fills up while generating is written, and the next
-begins; the authors' generation stays in the last one.
+Differs from the paper: (1) State and reads are float32 in any model. (2) Positions simply go on
+behind the segment; the authors give write tokens rows of their own in GPT-2's table. (3) A segment
+that fills up while generating is written, and the next begins; the authors' generation stays in the
+last one.
 
 Reduces to: the base model on each segment alone, bit for bit, while W_v is zero or nothing is
 written. Where experts share the columns of a forward, the last bits differ: they add up trailing
@@ -58,8 +57,10 @@ class ARMTConfig(MethodConfig):
     """d: width of keys and queries before their feature map."""
     num_shifts: Annotated[int, Range(least=1)] = 3
     """nu of the feature map: the matrix has 2 nu d rows. More keep more keys apart."""
-    starts_from: Start = "sink"
-    """Where the write tokens begin: near the model's first token, or at random."""
+    starts_from: Start = "random"
+    """Where the write tokens begin: at random, as published, or near the model's first token. What
+    trails a segment disturbs nothing, and small models learned faster from rows that differ.
+    """
     layers_to_transform: tuple[int, ...] | None = None
     """Layers with a matrix; None for all."""
 
@@ -79,13 +80,11 @@ class ARMTConfig(MethodConfig):
         return found
 
 
-ARMT_BABILONG = ARMTConfig(starts_from="random")
+ARMT_BABILONG = ARMTConfig()
 """The GPT-2 of the BABILong runs, trained on 2 to 32 segments."""
-ARMT_WIKITEXT = ARMTConfig(
-    segment_length=128, num_memory_tokens=16, memory_dim=96, starts_from="random"
-)
+ARMT_WIKITEXT = ARMTConfig(segment_length=128, num_memory_tokens=16, memory_dim=96)
 """The language models on WikiText-103."""
-ARMT_RETRIEVAL = ARMTConfig(segment_length=6, num_memory_tokens=4, starts_from="random")
+ARMT_RETRIEVAL = ARMTConfig(segment_length=6, num_memory_tokens=4)
 """The 4-layer GPT-NeoX of associative retrieval: a segment is one pair with a key of 3 tokens."""
 
 

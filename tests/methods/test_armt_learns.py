@@ -47,7 +47,7 @@ def trained() -> LlamaForCausalLM:
         initializer_range=0.2,
         bos_token_id=0,
     )
-    method = ARMTConfig(segment_length=PAIR, num_memory_tokens=2, starts_from="random")
+    method = ARMTConfig(segment_length=PAIR, num_memory_tokens=2)
     model = patch(LlamaForCausalLM(config), method)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     draw = torch.Generator().manual_seed(0)
