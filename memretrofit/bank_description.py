@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
-from itertools import groupby
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table as Grid
 from torch import nn
 
-from memretrofit.description import WIDTH, base_parameters, in_units
+from memretrofit.description import as_text, in_units, layer_lines, share_of_base
 from memretrofit.modules.table import Table
 from memretrofit.patching.ffn import BankLedger
 from memretrofit.patching.wrapping import unwrapped
@@ -20,25 +17,17 @@ from memretrofit.patching.wrapping import unwrapped
 def render_bank(model: nn.Module, ledger: BankLedger) -> str:
     """A table of layers, one of the bank's tables, and the totals, as plain text."""
     inner = unwrapped(model)
-    console = Console(
-        file=io.StringIO(), width=WIDTH, color_system=None, highlight=False, markup=False
-    )
-    console.print(f"{type(inner).__name__} + {ledger.config}", soft_wrap=True)
-    console.print(_layers(ledger))
     tables = dict(ledger.bank.each_table())
-    console.print(_tables(tables))
     numbers = sum(table.rows * math.prod(table.shape) for table in tables.values())
     opened = sum(0 if t.delta is None else t.delta.numel() for t in tables.values())
     added = sum(p.numel() for seat in ledger.seams.values() for p in seat.memory.parameters())
-    base = sum(p.numel() for _, p in base_parameters(inner))
-    share = f"{100 * added / base:.2f}% of the base model's {base:,}" if base else "no base weights"
-    console.print(
-        f"numbers in the bank: {numbers:,}; parameters that train: {added:,} ({share}), of which "
-        f"{opened:,} in open rows",
-        soft_wrap=True,
+    return as_text(
+        f"{type(inner).__name__} + {ledger.config}",
+        _layers(ledger),
+        _tables(tables),
+        f"numbers in the bank: {numbers:,}; parameters that train: {added:,} "
+        f"({share_of_base(inner, added)}), of which {opened:,} in open rows",
     )
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in lines).strip("\n")
 
 
 def _layers(ledger: BankLedger) -> Grid:
@@ -53,11 +42,8 @@ def _layers(ledger: BankLedger) -> Grid:
         what = "none: not chosen" if seat is None else ledger.config.method
         added = 0 if seat is None else sum(p.numel() for p in seat.memory.parameters())
         rows.append((site.layer_idx, (path, what, f"{added:,}")))
-    # equal rows make one line as long as their layers follow each other
-    for _, group in groupby(enumerate(rows), key=lambda item: (item[1][0] - item[0], item[1][1])):
-        members = [row for _, row in group]
-        first, last = members[0][0], members[-1][0]
-        grid.add_row(str(first) if first == last else f"{first}-{last}", *members[0][1])
+    for label, cells in layer_lines(rows):
+        grid.add_row(label, *cells)
     return grid
 
 

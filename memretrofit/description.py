@@ -19,7 +19,7 @@ import functools
 import io
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
@@ -189,26 +189,47 @@ def _memory_cost(layer: MemoryLayer, memory: AttentionMemory) -> LayerCost:
 def render(model: nn.Module, ledger: AttentionLedger) -> str:
     """A table of layers, one of cache bytes, and the totals, as plain text."""
     inner = unwrapped(model)
+    added = sum(p.numel() for seam in ledger.seams.values() for p in seam.memory.parameters())
+    dtype = str(inner.dtype).removeprefix("torch.")
+    return as_text(
+        f"{type(inner).__name__} + {ledger.config}",
+        _layer_table(ledger),
+        f"added parameters: {added:,} ({share_of_base(inner, added)})",
+        _cache_table(*_costs(inner)),
+        f"cache of one row in {dtype}, after one forward pass of so many tokens",
+    )
+
+
+def as_text(*parts: str | Table) -> str:
+    """Lines and tables, one below the other, as plain text."""
     console = Console(
         file=io.StringIO(), width=WIDTH, color_system=None, highlight=False, markup=False
     )
-    console.print(f"{type(inner).__name__} + {ledger.config}", soft_wrap=True)
-    console.print(_layer_table(ledger))
-    added = sum(p.numel() for seam in ledger.seams.values() for p in seam.memory.parameters())
-    base = sum(p.numel() for _, p in base_parameters(inner))
-    share = (
-        f"{100 * added / base:.2f}% of the base model's {base:,}"
-        if base
-        else "the base model has none"
-    )
-    console.print(f"added parameters: {added:,} ({share})", soft_wrap=True)
-    console.print(_cache_table(*_costs(inner)))
-    dtype = str(inner.dtype).removeprefix("torch.")
-    console.print(
-        f"cache of one row in {dtype}, after one forward pass of so many tokens", soft_wrap=True
-    )
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in lines).strip("\n")
+
+
+def share_of_base(model: nn.Module, added: int) -> str:
+    """So many parameters beside those of the base model, in words."""
+    base = sum(p.numel() for _, p in base_parameters(model))
+    return f"{100 * added / base:.2f}% of the base model's {base:,}" if base else "no base weights"
+
+
+def layer_lines(
+    rows: Sequence[tuple[int | None, tuple[str, ...]]],
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Which layers a row is of, and the row: equal ones make one line as long as their layers
+    follow each other. None is what stands beside all layers.
+    """
+    for _, group in groupby(
+        enumerate(rows), key=lambda item: ((item[1][0] or 0) - item[0], item[1][1])
+    ):
+        members = [row for _, row in group]
+        first, last = members[0][0], members[-1][0]
+        label = "beside" if first is None else str(first) if first == last else f"{first}-{last}"
+        yield label, members[0][1]
 
 
 def _layer_table(ledger: AttentionLedger) -> Table:
@@ -222,11 +243,8 @@ def _layer_table(ledger: AttentionLedger) -> Table:
         (site.layer_idx, _row(site, ledger))
         for site in sorted(ledger.sites, key=lambda s: s.layer_idx)
     ]
-    # equal rows make one line as long as their layers follow each other
-    for _, group in groupby(enumerate(rows), key=lambda item: (item[1][0] - item[0], item[1][1])):
-        members = [row for _, row in group]
-        first, last = members[0][0], members[-1][0]
-        table.add_row(str(first) if first == last else f"{first}-{last}", *members[0][1])
+    for label, cells in layer_lines(rows):
+        table.add_row(label, *cells)
     return table
 
 

@@ -11,19 +11,24 @@ columns in front of them: both are 0 where the last token closed a segment.
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from memretrofit.description import LENGTHS, WIDTH, LayerCost, base_costs, base_parameters, in_units
+from memretrofit.description import (
+    LENGTHS,
+    LayerCost,
+    as_text,
+    base_costs,
+    in_units,
+    layer_lines,
+    share_of_base,
+)
 from memretrofit.modules.segment_memory import Past, SegmentMemory, State
 from memretrofit.patching.segment_visit import SegmentLedger
 from memretrofit.patching.wrapping import unwrapped
@@ -133,26 +138,18 @@ def _fronts(
 def render_segments(model: nn.Module, ledger: SegmentLedger) -> str:
     """A table of layers, one of cache bytes, and the totals, as plain text."""
     inner = unwrapped(model)
-    console = Console(
-        file=io.StringIO(), width=WIDTH, color_system=None, highlight=False, markup=False
-    )
-    console.print(f"{type(inner).__name__} + {ledger.config}", soft_wrap=True)
-    console.print(_layers(ledger))
     added = sum(p.numel() for seat in ledger.seams.values() for p in seat.memory.parameters())
-    base = sum(p.numel() for _, p in base_parameters(inner))
-    share = f"{100 * added / base:.2f}% of the base model's {base:,}" if base else "no base weights"
-    console.print(f"added parameters: {added:,} ({share})", soft_wrap=True)
     cost = session_cost(inner, ledger)
-    console.print(_cache(cost))
     dtype = str(inner.dtype).removeprefix("torch.")  # type: ignore[union-attr]
-    console.print(
+    return as_text(
+        f"{type(inner).__name__} + {ledger.config}",
+        _layers(ledger),
+        f"added parameters: {added:,} ({share_of_base(inner, added)})",
+        _cache(cost),
         f"cache of one row in {dtype}, after one forward pass of so many tokens; "
         f"{in_units(cost.state)} of it are the state, at any length, and inside a segment of "
         f"{ledger.memory.segment_length:,} tokens it is at most {in_units(cost.most())}",
-        soft_wrap=True,
     )
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in lines).strip("\n")
 
 
 def _layers(ledger: SegmentLedger) -> Table:
@@ -170,14 +167,8 @@ def _layers(ledger: SegmentLedger) -> Table:
         added = f"{sum(p.numel() for p in seat.memory.parameters()):,}"
         what = (path, ledger.config.method, added, in_units(sum(x.nbytes for x in own)))
         rows.append((index, what))
-    # equal rows make one line as long as their layers follow each other
-    for _, group in groupby(
-        enumerate(rows), key=lambda item: ((item[1][0] or 0) - item[0], item[1][1])
-    ):
-        members = [row for _, row in group]
-        first, last = members[0][0], members[-1][0]
-        label = "beside" if first is None else str(first) if first == last else f"{first}-{last}"
-        grid.add_row(label, *members[0][1])
+    for label, cells in layer_lines(rows):
+        grid.add_row(label, *cells)
     return grid
 
 

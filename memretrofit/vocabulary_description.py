@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from memretrofit.description import base_parameters
+from memretrofit.description import share_of_base
 from memretrofit.patching.vocabulary import VocabularyLedger
 from memretrofit.patching.wrapping import unwrapped
 
@@ -17,14 +17,13 @@ def render_vocabulary(model: nn.Module, ledger: VocabularyLedger) -> str:
     parameters = list(memory.parameters())
     added = sum(p.numel() for p in parameters)
     trains = sum(p.numel() for p in parameters if p.requires_grad)
-    base = sum(p.numel() for _, p in base_parameters(inner))
-    share = f"{100 * added / base:.2f}% of the base model's {base:,}" if base else "no base weights"
     return "\n".join(
         [
             f"{type(inner).__name__} + {ledger.config}",
             f"vocabulary: {first:,} tokens, and room for {room:,} procedures behind it",
             f"open procedures: {opened:,} of {room:,}, {ids}",
-            f"parameters added: {added:,} ({share}), of which {trains:,} train",
+            f"parameters added: {added:,} ({share_of_base(inner, added)}), "
+            f"of which {trains:,} train",
             "cache: as without the memory",
         ]
     )

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from memretrofit.config import MethodConfig
 from memretrofit.errors import NoTargetError, StateError, UnsupportedModelError
 from memretrofit.modules.bank import (
+    PAD,
     BankRead,
     MemoryBank,
     Read,
@@ -179,7 +180,7 @@ class _Look:
             )
         _pin(history, switches.routes, len(ids))
         new = real_ids(ids, kwargs.get("attention_mask"))
-        refuse_packing(new, kwargs.get("position_ids"))
+        refuse_packing(new != PAD, kwargs.get("position_ids"))
         before = history.reached(self.ledger.bank.reach)
         joined = new if before is None else torch.cat([before, new], dim=1)
         looked = joined.roll(-1, dims=0) if switches.shuffled else joined

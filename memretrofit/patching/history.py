@@ -179,16 +179,17 @@ def real_ids(ids: Tensor, mask: Any) -> Tensor:
     return ids.masked_fill(~mask[:, mask.shape[1] - ids.shape[1] :].bool(), PAD)
 
 
-def refuse_packing(ids: Tensor, positions: Any) -> None:
-    """Raise if the positions [B | 1, T] of the tokens `ids` [B, T] begin anew inside a row.
+def refuse_packing(real: Tensor, positions: Any) -> None:
+    """Raise if the positions [B | 1, T] of tokens begin anew inside a row; `real` [B, T] bool says
+    which are no padding.
 
     Raises:
         StateError: they do, so that rows hold several texts.
     """
-    if not isinstance(positions, Tensor) or positions.dim() != 2 or ids.shape[1] < 2:
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or real.shape[1] < 2:
         return
-    real = (ids[:, 1:] != PAD) & (ids[:, :-1] != PAD)
-    if bool(((positions.diff(dim=-1) < 1) & real).any()):
+    follows = real[:, 1:] & real[:, :-1]
+    if bool(((positions.diff(dim=-1) < 1) & follows).any()):
         raise StateError(
             "position_ids begin anew inside a row (packed sequences), and a memory would mix one "
             "text with another. Pass one sequence per row."

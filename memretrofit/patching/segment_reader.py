@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from memretrofit.errors import ConfigError, StateError
-from memretrofit.modules.bank import PAD
 from memretrofit.modules.segment_memory import Columns, Past, State
 from memretrofit.patching.history import refuse_packing
 from memretrofit.patching.pieces import Piece, Reader
@@ -85,9 +84,8 @@ class SegmentReader(Reader):
         """
         positions, mask = call.get("position_ids"), call.get("attention_mask")
         if isinstance(positions, Tensor) and positions.dim() == 2:
-            there = torch.ones_like(positions, dtype=torch.bool)
-            there = there if mask is None else mask[:, -positions.shape[-1] :].bool()
-            refuse_packing(torch.where(there, 0, PAD), positions)
+            real = torch.ones_like(positions) if mask is None else mask
+            refuse_packing(real[:, -positions.shape[-1] :].bool(), positions)
 
     def enter(self, cache: Cache, own: bool) -> int:
         """Find or make the session in `cache`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ class RowStage(Stage):
         return training_rows(self.recipe, tokenizer, self.processes)
 
     @property
+    @abstractmethod
     def steps(self) -> int:
         """Updates."""
-        raise NotImplementedError
 
     def tokens(self, material: Any) -> list[int]:
         """Rows are of one length."""
