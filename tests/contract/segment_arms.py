@@ -23,7 +23,7 @@ LENGTH = 37
 SMALL = {
     "segment_length": SEGMENT,
     "num_memory_tokens": 3,
-    "memory_dim": 5,
+    "memory_dim": 32,  # with few features a query meets one that only rounding wrote to the norm
     "num_shifts": 2,
     "queue_length": 4,  # what one segment of `rmt` writes and a third more; half a text of `hmt`
     "num_sensory_tokens": 2,
