@@ -39,6 +39,10 @@ class ComposedMemory(AttentionMemory):
         """That of the state."""
         return self.state.state_space
 
+    def longest(self, positions: int) -> int | None:
+        """That of the store: the state holds no distances."""
+        return self.recall.longest(positions)
+
     def initial_state(self, batch_size: int, like: Tensor) -> State:
         """The store, then what the state holds."""
         parts = (self.recall, self.state)

@@ -153,6 +153,12 @@ class AttentionMemory(nn.Module):
         """The key space of the queries and keys that `calibrate` is given."""
         return self.key_space
 
+    def longest(self, positions: int) -> int | None:
+        """Tokens of the longest text in which no query of this layer stands further from what it
+        attends than `positions`; None for any text.
+        """
+        return None if self.sink_positions == "slot" else positions
+
     def initial_state(self, batch_size: int, like: Tensor) -> State:
         """The empty state for `batch_size` rows, on the device of `like`."""
         return ()

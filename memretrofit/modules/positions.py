@@ -46,6 +46,10 @@ class Policy(NamedTuple):
     """What each query attends of fetched blocks, oldest first, [B, H, C, U, S] bool, to how much
     further than in a search it stands from each block, [B, H, C, U]; None for nowhere.
     """
+    longest: Callable[[int, int, int], int | None]
+    """(positions of the model, W, P) to the tokens that can be read within them; None for any
+    number.
+    """
 
 
 def packed(attended: Tensor) -> Tensor:
@@ -63,6 +67,10 @@ def _same(attended: Tensor) -> None:
     return None
 
 
+def _any_number(positions: int, window: int, group: int) -> None:
+    return None
+
+
 def _at_border(places: Tensor, window: Tensor, group: int) -> Tensor:
     return window.expand_as(places)
 
@@ -73,23 +81,27 @@ POSITIONS: dict[str, Policy] = {
         lambda places, group: places,
         lambda places, entries, group: places,
         _same,
+        lambda positions, window, group: positions,
     ),
     "clamp": Policy(
         _at_border,
         lambda places, group: torch.zeros_like(places),
         lambda places, entries, group: torch.zeros_like(places),
         _same,
+        _any_number,
     ),
     "grouped": Policy(
         lambda places, window, group: places // group + window - window // group,
         lambda places, group: places // group,
         lambda places, entries, group: places // group,
         _same,
+        lambda positions, window, group: (positions - window + window // group) * group,
     ),
     "reindexed": Policy(
         _at_border,
         lambda places, group: torch.zeros_like(places),
         lambda places, entries, group: entries.expand_as(places),
         packed,
+        _any_number,
     ),
 }

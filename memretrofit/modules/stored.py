@@ -132,6 +132,12 @@ class StoreMemory(AttentionMemory):
         """Where keys lie; values lie where `placement` says."""
         return self.placement
 
+    def longest(self, positions: int) -> int | None:
+        """That of the policy, where sinks do not stand at their own place."""
+        if self.sink_positions == "absolute":
+            return positions
+        return self.policy.longest(positions, self.sliding_window, self.position_group)
+
     def initial_state(self, batch_size: int, like: Tensor) -> State:
         """An empty store."""
         shape = (batch_size, self.state_heads, 0)

@@ -9,7 +9,15 @@ from contract.families import build
 from reading_cases import letters, text
 from tolerances import REORDERED, WRONG
 
-from memretrofit import WindowSinksConfig, patch, unpatch
+from memretrofit import (
+    InfLLMConfig,
+    KNNMemoryConfig,
+    StreamingLLMConfig,
+    WindowSinksConfig,
+    patch,
+    unpatch,
+)
+from memretrofit.config import MethodConfig
 from memretrofit.errors import ConfigError
 from memretrofit.evaluation.arms import fresh_values
 from memretrofit.evaluation.reader import Reading, read, read_prompts
@@ -21,6 +29,7 @@ from memretrofit.evaluation.runs.arms import (
     memory_state,
     same_computations,
 )
+from memretrofit.modules.positions import POSITIONS as POLICIES
 from memretrofit.patching.controls import (
     memory_silenced,
     state_carried,
@@ -29,6 +38,8 @@ from memretrofit.patching.controls import (
 )
 from memretrofit.retrofit import memory_parameters
 
+POSITIONS = 256
+"""Of the tiny models."""
 READINGS = [
     Reading(prompt=text(length, seed), candidates=(text(5, 9), text(3, 8)), max_new_tokens=4)
     for length, seed in ((40, 1), (31, 2), (36, 3))
@@ -269,3 +280,37 @@ def test_routed_experts_count_by_the_share_that_a_token_meets():
 def test_arms_that_cannot_be_are_refused(make, options, words):
     with pytest.raises(ConfigError, match=words):
         answerers_of(make(), letters(), **options)
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (WindowSinksConfig(sliding_window=16), POSITIONS),
+        (StreamingLLMConfig(sliding_window=16), None),
+        (InfLLMConfig(sliding_window=16, positions="absolute"), POSITIONS),
+        (InfLLMConfig(sliding_window=16, positions="clamp"), None),
+        (InfLLMConfig(sliding_window=16, positions="reindexed"), None),
+        (
+            InfLLMConfig(sliding_window=16, positions="grouped", position_group=4),
+            4 * (POSITIONS - 16 + 4),
+        ),
+        (InfLLMConfig(sliding_window=16, layers_to_transform=(0,)), POSITIONS),
+        (KNNMemoryConfig(sliding_window=16, positions="clamp"), POSITIONS),
+    ],
+    ids=lambda x: "" if not isinstance(x, MethodConfig) else f"{x.method}",
+)
+def test_how_far_an_arm_reads_is_how_far_its_distances_reach(config, most):
+    """`full` never reads beyond the positions; an arm of the memory as far as its own distances
+    stay within them, in every layer."""
+    model = patch(build("llama"), config)
+    arms = answerers_of(model, letters(), arms=["full", "window", "trained"])
+    assert arms["full"].positions == POSITIONS
+    assert arms["trained"].positions == arms["window"].positions == most
+
+
+def test_grouped_positions_reach_exactly_so_far():
+    """The distance of the last query to the first far key is the last that was trained."""
+    policy, window, group = POLICIES["grouped"], torch.tensor([16]), 4
+    most = policy.longest(POSITIONS, 16, group)
+    last, beyond = (policy.query(torch.tensor([t]), window, group).item() for t in (most - 1, most))
+    assert (last, beyond) == (POSITIONS - 1, POSITIONS)

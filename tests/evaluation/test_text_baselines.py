@@ -10,6 +10,7 @@ from memretrofit.errors import ConfigError
 from memretrofit.evaluation.reader import Outcome, Reading
 from memretrofit.evaluation.runs.baselines import (
     CHUNK_TOKENS,
+    MOST_TOKENS,
     bm25,
     bm25_scores,
     oprm,
@@ -206,3 +207,12 @@ def test_the_least_entropy_wins_not_the_most():
 
     (outcome,) = oprm(answer, count, chunk_tokens=20)([reading(FILLER * 5 + NEEDLE + FILLER * 5)])
     assert "4711" not in outcome.text
+
+
+def test_oprm_reads_no_more_at_once_than_its_paper():
+    """A quarter of a long text would be beyond the positions of the model that reads it."""
+    calls = []
+    context = FILLER * (5 * MOST_TOKENS // (count(FILLER) - 1))
+    oprm(echo(calls), count)([reading(context)])
+    longest = max(count(prompt) for call in calls for prompt in call)
+    assert 0.9 * MOST_TOKENS < longest < 1.1 * MOST_TOKENS

@@ -33,6 +33,7 @@ from memretrofit.patching.controls import (
     state_shuffled,
     writes_disabled,
 )
+from memretrofit.patching.reach import longest_text
 from memretrofit.patching.wrapping import evaluating, positions_of, unwrapped
 from memretrofit.retrofit import (
     is_patched,
@@ -121,8 +122,10 @@ def answerers_of(
     a fresh memory. A model without memory has `full`, `bm25` and `oprm`, and with `window` also
     that, which patches the model for as long as it answers.
 
-    A model that reads in segments reads any length, and its text baselines as many tokens at once
-    as one segment has. All other arms are bounded by the positions of the model.
+    The arms of a memory read as far as its distances stay within the positions of the model
+    (`longest_text`): any length where it reads in segments, or where what is far stands near, as
+    under `positions="clamp"`. `full` reads as far as the model. Text baselines read any length: as
+    many tokens at once as one segment has, where there are segments.
 
     Two names have the same object where they are the same computation: `zeroed` and `window` where
     there is no adapter; `untrained` and `window` where a fresh memory of the method is silent
@@ -211,7 +214,7 @@ def _patched_arms(
         model,
         tokenizer,
         chunk_size=chunk_size,
-        positions=None if segment_length(model) else most,
+        positions=longest_text(model),
     )
     is_trained = memory_state(model, seed) == "trained"
     own = partial(arm, has_memory=True, has_adapter=adapted, memory_is_trained=is_trained)

@@ -21,6 +21,8 @@ CHUNK_TOKENS = 64
 """Up to which BM25 joins sentences to a chunk; less where the budget is small."""
 LEAST_CHUNKS = 4
 """Chunks that a budget has room for, sentences permitting: an answer may rest on several."""
+MOST_TOKENS = 3000
+"""Of a chunk that OPRM reads on its own, the most that its paper has."""
 _DEFAULT_SHARE = 0.25
 """Of the context's tokens, where no budget is given."""
 
@@ -155,8 +157,9 @@ def oprm(answer: Answerer, count: Count, *, chunk_tokens: int | None = None) -> 
     Args:
         answer: reads the chunks, with full attention.
         count: tokens of a text.
-        chunk_tokens: of context in a chunk; None takes a quarter of the context. The paper has 1000
-            to 3000, and cuts at tokens; here chunks end with a sentence.
+        chunk_tokens: of context in a chunk; None takes a quarter of the context, at most
+            `MOST_TOKENS`. The paper has 1000 to 3000, and cuts at tokens; here chunks end with a
+            sentence.
 
     Source: OPRM, arXiv:2505.07793, section 4, entropy-based criterion. Its filter for chunks that
     are answered with an error word is left out: a small model does not keep to such a word.
@@ -189,7 +192,8 @@ def oprm(answer: Answerer, count: Count, *, chunk_tokens: int | None = None) -> 
 
 def _pieces(reading: Reading, count: Count, chunk_tokens: int | None) -> list[Reading]:
     instruction, context, question = _parts(reading)
-    chunks = split_chunks(context, count, _budget(context, count, chunk_tokens)) or [""]
+    size = chunk_tokens or min(_budget(context, count, None), MOST_TOKENS)
+    chunks = split_chunks(context, count, size) or [""]
     return [
         replace(reading, prompt=(instruction + chunk + question).rstrip(), context=None)
         for chunk in chunks

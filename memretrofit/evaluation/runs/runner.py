@@ -298,8 +298,9 @@ def _check(
     if beyond := [x for x in lengths if not any(_reads(r, x, positions) for r in readers)]:
         faults.append(
             f"lengths {', '.join(map(str, beyond))} are beyond the {positions} positions that "
-            f"{type(unwrapped(model)).__name__} was trained on, where every arm but a bounded one "
-            f"fails; ask for at most {positions}, or load the model with scaled positions"
+            f"{type(unwrapped(model)).__name__} was trained on, and no arm asked for reads further;"
+            f" ask for at most {positions}, load the model with scaled positions, or choose a "
+            "memory whose far tokens stand near, as infllm with positions='clamp'"
         )
     for name, values in (("task", [task.name for task in tasks]), ("length", lengths)):
         faults += [f"{name} {x} is given twice" for x in set(values) if list(values).count(x) > 1]
