@@ -162,6 +162,16 @@ class MethodConfig(Checked):
         return build(found, given, faults)
 
 
+def larger_than_a_segment(num_memory_tokens: int, segment_length: int) -> list[str]:
+    """What is wrong where a segment would be written by, or leave, more tokens than it has."""
+    if num_memory_tokens <= segment_length:
+        return []
+    return [
+        f"num_memory_tokens={num_memory_tokens}: more than the {segment_length} tokens of a "
+        "segment; use fewer, or raise segment_length"
+    ]
+
+
 def exact_tokens(config: MethodConfig) -> int | None:
     """Tokens of a text that lack nothing: the W + N that a method's layers attend exactly at any
     length, or the T of a segment. What comes after them has something behind it that only the

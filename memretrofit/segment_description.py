@@ -103,15 +103,19 @@ class SessionCost:
 def session_cost(model: nn.Module, ledger: SegmentLedger) -> SessionCost:
     """What a row's cache holds at any length. Runs the base model on two and on three tokens."""
     inner = unwrapped(model)
-    memory, state = ledger.memory, ledger.begin(1)
+    memory, state = ledger.memory, ledger.begin(0)
     embedding = inner.get_input_embeddings().weight  # type: ignore[union-attr, operator]
-    full = {name: torch.ones_like(x) for name, x in state.items()}  # of whatever there may be
+    # nothing, and all there may be, of one row and of no size
+    none, full = (
+        {name: x.new_full((), number).expand(1, *x.shape[1:]) for name, x in state.items()}
+        for number in (0, 1)
+    )
     return SessionCost(
         base=base_costs(inner),
         memory=memory,
-        state=sum(x.nbytes for x in state.values()),
+        state=sum(x.nbytes for x in full.values()),
         token=embedding[0].nbytes,
-        fronts=(_fronts(memory, state, 0, embedding), _fronts(memory, full, 1, embedding)),
+        fronts=(_fronts(memory, none, 0, embedding), _fronts(memory, full, 1, embedding)),
         counter=torch.zeros(1, dtype=torch.long).nbytes,
     )
 
@@ -126,9 +130,9 @@ def _fronts(
         width = memory.kept_tokens if segments else min(begin, memory.kept_tokens)
         past = Past(
             state=state,
-            segments=torch.full((1,), segments, device=embedding.device),
+            segments=torch.full((1,), segments),
             embeds=embedding.new_zeros(1, width, embedding.shape[1]),
-            real=torch.ones(1, width, dtype=torch.bool, device=embedding.device),
+            real=torch.ones(1, width, dtype=torch.bool),
         )
         opening = memory.opening(span, past) if memory.spans[span] else None
         found.append(0 if opening is None else opening.embeds.shape[1])
@@ -158,7 +162,7 @@ def _layers(ledger: SegmentLedger) -> Table:
         grid.add_column(name)
     for name in ("added", "state of a row"):
         grid.add_column(name, justify="right")
-    state = ledger.begin(1)
+    state = {name: x.new_empty(()).expand(1, *x.shape[1:]) for name, x in ledger.begin(0).items()}
     rows = []
     for name, seat in ledger.seams.items():
         index = seat.layer_idx

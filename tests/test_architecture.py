@@ -30,7 +30,7 @@ ROWS = [
     {"data"},
     {"patching"},
     {"methods"},
-    {"recipe_source", "recipe"},
+    {"recipe_source", "recipe_stages", "recipe"},
     {
         "retrofit",
         "description",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,10 @@ def inject(
     ] = None,
     base: Annotated[
         str,
-        typer.Option(help="Base model: Hub id, folder or package: name.", show_default=False),
+        typer.Option(
+            help="Base model: Hub id, folder or package: name; not needed with --onto.",
+            show_default=False,
+        ),
     ] = "",
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the run.", show_default=False)
@@ -35,8 +39,22 @@ def inject(
     revision: Annotated[
         str | None, typer.Option(help="With a Hub id: the commit of the base.")
     ] = None,
-    method: Annotated[str, typer.Option(help="A method of the bank family.")] = "hierarchical_ffn",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="A method of the bank family; default: hierarchical_ffn, or that of --onto.",
+            show_default=False,
+        ),
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="A preset of that method.")] = None,
+    onto: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of an earlier injection, whose bank goes on learning, by the recipe of "
+            "that run; what it knew is asked again.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from its last checkpoint.")
     ] = False,
@@ -54,14 +72,23 @@ def inject(
 
     Afterwards: memretrofit generate OUTPUT --prompt "...".
     """
-    if not base:
+    if not base and onto is None:
         raise ConfigError("inject: --base is missing; name the model that gets the bank")
-    values: dict[str, Any] = {
-        "base": {"model": base, "revision": revision},
-        "method": {"name": method} | ({} if preset is None else {"preset": preset}),
-        "train": {"stages": ["inject"]},
-        "data": {"lessons": str(lessons)},
-    }
+    if onto is not None and compare_lora:
+        raise ConfigError(
+            "inject: --compare-lora trains LoRA on the base model, which would learn the new "
+            "lessons alone, and not what --onto knows; leave one out"
+        )
+    values: dict[str, Any] = {"train": {"stages": ["inject"]}}
+    if onto is not None:
+        values = _going_on(onto)
+    values.setdefault("data", {})["lessons"] = str(lessons)
+    if base:
+        values["base"] = {"model": base, "revision": revision}
+    if method or preset or onto is None:
+        values["method"] = {"name": method or "hierarchical_ffn"} | (
+            {} if preset is None else {"preset": preset}
+        )
     from memretrofit.recipe import make_recipe
 
     recipe = make_recipe("inject", values, overrides or [])
@@ -81,3 +108,29 @@ def inject(
 
         add_baselines(output, recipe, output / "report.json")
     typer.echo(str(output / "report.md"))
+
+
+def _going_on(onto: Path) -> dict[str, Any]:
+    """The recipe of a saved bank, made one that adds other lessons to it.
+
+    Raises:
+        CheckpointError: the folder holds no saved memory, or a damaged one.
+        ConfigError: its record does not say what made it.
+    """
+    from memretrofit.hub import read_record
+
+    recipe = read_record(onto).recipe
+    inject = ((recipe or {}).get("train") or {}).get("inject")
+    lessons = ((recipe or {}).get("data") or {}).get("lessons")
+    if recipe is None or inject is None or lessons is None:
+        raise ConfigError(
+            f"inject: --onto {onto}: its record names no lessons, so it is no bank that "
+            "`memretrofit inject` or a recipe with the stage inject wrote. Name the folder of one."
+        )
+    known = [*inject.get("earlier", []), lessons]
+    learning = {**inject, "onto": str(onto), "earlier": known, "later": []}
+    return {
+        **copy.deepcopy(dict(recipe)),
+        "train": {**recipe["train"], "inject": learning},
+        "hub": {},
+    }

@@ -19,10 +19,10 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ words of one sentence.
 """
 IGNORED = -100
 """Label of a token that is not learned."""
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,22 @@ def read_lessons(path: Path) -> tuple[Lesson, ...]:
     Raises:
         ConfigError: the file cannot be read, holds nothing, or has broken lines: each is named.
     """
+    return read_objects(path, _lesson, f"lessons: one JSON object a line, with {', '.join(KEYS)}")
+
+
+def read_objects(
+    path: Path, build: Callable[[dict[str, Any]], Built], wanted: str
+) -> tuple[Built, ...]:
+    """What `build` makes of each line of a file, a JSON object; empty lines do not count.
+
+    Args:
+        path: UTF-8, with or without a mark at its beginning.
+        build: raises a `ConfigError` for an object that it cannot use.
+        wanted: what a file should hold, in words.
+
+    Raises:
+        ConfigError: the file cannot be read, holds nothing, or has broken lines: each is named.
+    """
     try:
         # a line ends at a line feed: JSON texts may hold what else splits lines
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -88,7 +105,7 @@ def read_lessons(path: Path) -> tuple[Lesson, ...]:
         if not line.strip():
             continue
         try:
-            found.append(_lesson(line))
+            found.append(build(_object(line)))
         except ConfigError as error:
             faults.append(f"line {number}: {error}")
     if faults:
@@ -97,13 +114,11 @@ def read_lessons(path: Path) -> tuple[Lesson, ...]:
             f"{path}: {len(faults)} of {whole} lines are broken; nothing was trained", faults
         )
     if not found:
-        raise ConfigError(
-            f"{path} holds no lessons: one JSON object a line, with {', '.join(KEYS)}"
-        )
+        raise ConfigError(f"{path} holds no {wanted}")
     return tuple(found)
 
 
-def _lesson(line: str) -> Lesson:
+def _object(line: str) -> dict[str, Any]:
     try:
         line.encode()
         values = json.loads(line, object_pairs_hook=_each_once)
@@ -114,8 +129,17 @@ def _lesson(line: str) -> Lesson:
         raise ConfigError(f"not JSON ({error})") from error
     if not isinstance(values, dict):
         raise ConfigError("not a JSON object")
-    if unknown := sorted(set(values) - set(KEYS)):
-        raise ConfigError(f"unknown keys {', '.join(unknown)}; known are {', '.join(KEYS)}")
+    return values
+
+
+def refuse_unknown(values: dict[str, Any], known: Sequence[str]) -> None:
+    """Raise a ConfigError if an object has other keys."""
+    if unknown := sorted(set(values) - set(known)):
+        raise ConfigError(f"unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
+
+
+def _lesson(values: dict[str, Any]) -> Lesson:
+    refuse_unknown(values, KEYS)
     if "text" in values and "texts" in values:
         raise ConfigError("has 'text' and 'texts'; put all of them into 'texts'")
     texts = _strings(values, "texts") or _strings(values, "text")
@@ -228,14 +252,19 @@ def _order(seed: int, epoch: int, count: int) -> list[int]:
     return order
 
 
-def batch(items: Sequence[Item], seed: int, step: int, size: int) -> dict[str, Tensor]:
-    """`size` items in the order of epoch `step * size // len(items)`, padded on the right:
-    `input_ids`, `attention_mask` and `labels` [B, T]. A function of its arguments alone.
+def drawn(count: int, seed: int, step: int, size: int) -> list[int]:
+    """The numbers of `size` of `count` items, in the order of epoch `step * size // count`. A
+    function of its arguments alone.
     """
-    chosen = []
-    for place in range(step * size, (step + 1) * size):
-        epoch, number = divmod(place, len(items))
-        chosen.append(items[_order(seed, epoch, len(items))[number]])
+    places = (divmod(place, count) for place in range(step * size, (step + 1) * size))
+    return [_order(seed, epoch, count)[number] for epoch, number in places]
+
+
+def batch(items: Sequence[Item], seed: int, step: int, size: int) -> dict[str, Tensor]:
+    """The items that are `drawn`, padded on the right: `input_ids`, `attention_mask` and `labels`
+    [B, T].
+    """
+    chosen = [items[number] for number in drawn(len(items), seed, step, size)]
     longest = max(len(item.ids) for item in chosen)
     ids = torch.zeros(len(chosen), longest, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)

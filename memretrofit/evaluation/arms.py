@@ -71,7 +71,7 @@ def holds_state(model: Any) -> bool:
     """
     ledger = ledger_of(model)
     if isinstance(ledger, SegmentLedger):
-        return bool(ledger.begin(1))
+        return bool(ledger.begin(0))
     seams = attention_ledger_of(model).seams.values()
     return any(seam.memory.state_nbytes(1) for seam in seams)
 

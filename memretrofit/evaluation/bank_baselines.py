@@ -17,13 +17,8 @@ from rich.console import Console
 from torch import nn
 
 from memretrofit.data.lessons import Item, Lesson, read_lessons
-from memretrofit.evaluation.bank_report import (
-    asked,
-    held_out_prose,
-    measure_prose_arms,
-    recall,
-    write_results,
-)
+from memretrofit.evaluation.bank_recall import asked, recall
+from memretrofit.evaluation.bank_report import held_out_prose, measure_prose_arms, write_results
 from memretrofit.evaluation.statistics import accuracy_interval
 from memretrofit.hub import from_pretrained, read_record, tokenizer_of
 from memretrofit.hub.adapter import add_adapter

@@ -1,15 +1,13 @@
-"""Measure a bank: what it knows, where the knowledge is, and what it did to everything else.
+"""Measure a bank: what it knows (`bank_recall`), what it still knows of earlier lessons
+(`bank_retention`), and what it did to everything else.
 
-Recall is by generation: a prompt is continued greedily, and counts if the answer is in what was
-written. Prompts are those that were trained on, held-out phrasings, and held-out questions. Arms:
-the base model; the bank; nothing read (zeroed); every conversation read elsewhere (mis-routed).
 Forgetting is the perplexity of prose that neither training nor calibration saw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,137 +19,34 @@ from memretrofit.data import RowDataset, load_documents, split_documents
 from memretrofit.data.lessons import Lesson, read_lessons
 from memretrofit.errors import ConfigError
 from memretrofit.evaluation.bank_reads import measure_reads, reads_table
-from memretrofit.evaluation.likelihood import Arm, batches_of, compare_arms
-from memretrofit.evaluation.reader import Reading, read
-from memretrofit.evaluation.scoring import strict_match
-from memretrofit.evaluation.statistics import Interval, accuracy_interval, paired_bootstrap
+from memretrofit.evaluation.bank_recall import (
+    ANSWER_TOKENS,
+    ARMS,
+    KINDS,
+    measure_recall,
+    words_of,
+)
+from memretrofit.evaluation.bank_retention import (
+    lessons_file,
+    measure_retention,
+    retention_table,
+)
+from memretrofit.evaluation.likelihood import Arm, compare_arms
+from memretrofit.evaluation.statistics import paired_bootstrap
 from memretrofit.files import write_json, write_text
 from memretrofit.markdown import escape, paragraphs, table
-from memretrofit.modules.bank import PAD, Tokens
-from memretrofit.patching.controls import (
-    memory_disabled,
-    memory_silenced,
-    route_pinned,
-    state_shuffled,
-)
+from memretrofit.modules.bank import Tokens
+from memretrofit.patching.controls import memory_disabled, route_pinned, state_shuffled
 from memretrofit.patching.ffn import bank_of
 from memretrofit.patching.wrapping import unwrapped
 from memretrofit.recipe import Recipe
-from memretrofit.retrofit import memory_parameters
+from memretrofit.training.writing import ROWS, writing_of
 
-ARMS = {
-    "base": "the base model",
-    "trained": "the bank",
-    "zeroed": "the bank, nothing read",
-    "misrouted": "the bank, read elsewhere",
-}
-KINDS = {
-    "trained": "prompts of the training texts",
-    "held_out": "held-out phrasings",
-    "held_out_questions": "held-out questions",
-}
 BASELINES = {
     "lora_trainable": "as many trainable parameters",
     "lora_active": "as many active parameters",
 }
-ANSWER_TOKENS = 8
-"""Written after a prompt."""
 PROSE_TOKENS = 128
-
-BatchArm = Callable[[Any, Tensor], AbstractContextManager[object]]
-"""(model, ids [B, T] with PAD) to the context in which a batch is answered."""
-
-
-def asked(lessons: Sequence[Lesson]) -> dict[str, list[tuple[str, str]]]:
-    """Prompts with their answers, for each kind that there is."""
-    kinds: dict[str, list[tuple[str, str]]] = {kind: [] for kind in KINDS}
-    for lesson in lessons:
-        answer = lesson.answer.strip()
-        if answer:
-            kinds["trained"] += [(context, answer) for context in lesson.contexts]
-            kinds["held_out"] += [(prompt, answer) for prompt in lesson.held_out]
-            kinds["held_out_questions"] += [(q, answer) for q in lesson.held_out_questions]
-    return {kind: pairs for kind, pairs in kinds.items() if pairs}
-
-
-def recall(
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[tuple[str, str]],
-    arm: BatchArm,
-    *,
-    batch_size: int = 16,
-) -> list[float]:
-    """1 for each prompt whose continuation holds its answer, else 0."""
-    found: list[float] = []
-    for rows in batches_of(len(pairs), batch_size):
-        prompts = [prompt for prompt, _ in pairs[rows]]
-        readings = [Reading(prompt=prompt, max_new_tokens=ANSWER_TOKENS) for prompt in prompts]
-        with arm(model, _padded(tokenizer, prompts)):
-            outcomes = read(model, tokenizer, readings)
-        answers = [answer for _, answer in pairs[rows]]
-        found += [
-            strict_match(outcome.text, (answer,), "all")
-            for outcome, answer in zip(outcomes, answers, strict=True)
-        ]
-    return found
-
-
-def _padded(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    longest = max(map(len, rows))
-    return torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
-
-
-def _misrouted(model: Any, ids: Tensor) -> AbstractContextManager[object]:
-    """Every row reads where its own text does not lead; without routes, what the next row reads."""
-    inner = unwrapped(model)
-    routes = bank_of(inner).wrong_routes(Tokens(ids=ids, new=ids.shape[1]))
-    return state_shuffled(inner) if routes is None else route_pinned(inner, routes)
-
-
-BATCH_ARMS: Mapping[str, BatchArm] = {
-    "base": lambda model, _: memory_disabled(unwrapped(model)),
-    "trained": lambda model, _: nullcontext(),
-    "zeroed": lambda model, _: memory_silenced(unwrapped(model)),
-    "misrouted": _misrouted,
-}
-
-
-def measure_recall(
-    model: Any, tokenizer: Any, lessons: Sequence[Lesson], console: Console
-) -> dict[str, dict[str, Any]]:
-    """Recall of every kind of prompt in every arm, with Wilson's intervals over lessons."""
-    found: dict[str, dict[str, Any]] = {}
-    for kind, pairs in asked(lessons).items():
-        found[kind] = {"prompts": len(pairs)}
-        reading = share_reading(model, tokenizer, [prompt for prompt, _ in pairs])
-        # where hidden states decide what is read, another text's tokens change nothing
-        arms = {n: a for n, a in BATCH_ARMS.items() if n != "misrouted" or reading is not None}
-        for name, arm in arms.items():
-            interval = accuracy_interval(recall(model, tokenizer, pairs, arm))
-            found[kind][name] = interval._asdict()
-            console.print(f"recall, {KINDS[kind]}, {ARMS[name]}: {interval.mean:.3f}")
-        found[kind]["reading"] = reading
-    return found
-
-
-def share_reading(model: Any, tokenizer: Any, prompts: Sequence[str]) -> float | None:
-    """Share of prompts whose last token reads a row that was trained: the others abstain, and know
-    what the base model knows. None where the bank does not say what is read.
-    """
-    bank = bank_of(unwrapped(model))
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor(tokenizer(prompt)["input_ids"])[None]
-        found.append(bank.addresses(Tokens(ids=ids, new=1)))
-    if not any(found):
-        return None
-    reading = [
-        any(bool(bank.table(name).is_open(index).any()) for name, index in rows.items())
-        for rows in found
-    ]
-    return sum(reading) / len(reading)
 
 
 def measure_prose(model: Any, rows: Tensor, section: Any, console: Console) -> dict[str, Any]:
@@ -231,6 +126,7 @@ def evaluate_bank(directory: Path, recipe: Recipe, output: Path) -> dict[str, An
         prose = held_out_prose(recipe, tokenizer)
         results: dict[str, Any] = {
             "lessons": len(lessons),
+            "lessons_file": lessons_file(Path(recipe.data.lessons)),
             "recall": measure_recall(model, tokenizer, lessons, console),
             "prose": measure_prose(model, prose, recipe.evaluate, console),
             "access": {
@@ -240,8 +136,10 @@ def evaluate_bank(directory: Path, recipe: Recipe, output: Path) -> dict[str, An
                     ("prose", prose),
                 )
             },
-            "sizes": sizes(model),
+            "sizes": sizes(model, recipe),
         }
+        if recipe.train.inject.earlier:
+            results["retention"] = measure_retention(model, tokenizer, recipe.train.inject, console)
     write_results(directory, results, output)
     return results
 
@@ -264,18 +162,16 @@ def write_results(directory: Path, results: dict[str, Any], output: Path) -> Non
         write_card(directory)
 
 
-def sizes(model: Any) -> dict[str, int]:
+def sizes(model: Any, recipe: Recipe) -> dict[str, int]:
     """Rows and numbers that were trained, and what the bank could hold."""
-    bank = bank_of(unwrapped(model))
-    tables = [table for _, table in bank.each_table()]
-    deltas = [table.delta for table in tables if table.delta is not None]
-    learned = sum(p.numel() for p in memory_parameters(unwrapped(model)).values())
-    row_parameters = sum(p.numel() for p in deltas)
+    inner = unwrapped(model)
+    tables = [table for _, table in bank_of(inner).each_table()]
+    trained = writing_of(recipe.train.inject).parameters(inner).items()
     return {
         "rows": sum(table.rows for table in tables),
         "opened_rows": sum(table.opened for table in tables),
-        "row_parameters": row_parameters,
-        "dense_parameters": learned - row_parameters,
+        "row_parameters": sum(p.numel() for name, p in trained if name.endswith(ROWS)),
+        "dense_parameters": sum(p.numel() for name, p in trained if not name.endswith(ROWS)),
     }
 
 
@@ -292,7 +188,7 @@ def summary(results: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]
             [
                 KINDS[kind],
                 entry["prompts"],
-                *(_words(entry[arm]) for arm in arms),
+                *(words_of(entry[arm]) for arm in arms),
                 "n/a" if entry["reading"] is None else f"{100 * entry['reading']:.0f} %",
             ]
             for kind, entry in results["recall"].items()
@@ -310,21 +206,23 @@ def summary(results: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]
         words = f"LoRA, {BASELINES[name]} (rank {entry['rank']})"
         recalled["columns"].append(words)
         for row, kind in zip(recalled["rows"], results["recall"], strict=True):
-            row.append(_words(entry["recall"][kind]))
+            row.append(words_of(entry["recall"][kind]))
         forgotten["rows"].append([words, *_prose_row(entry["prose"])])
     notes = [
         f"{size['opened_rows']:,} of {size['rows']:,} rows were trained: "
         f"{size['row_parameters']:,} numbers, and {size['dense_parameters']:,} dense parameters."
     ]
     access = results.get("access")
-    return notes, [recalled, forgotten, *([reads_table(access)] if access else [])]
+    earlier = results.get("retention")
+    further = [retention_table(earlier)] if earlier else []
+    return notes, [recalled, *further, forgotten, *([reads_table(access)] if access else [])]
 
 
 def _prose_row(entry: Mapping[str, Any]) -> list[str]:
     return [
         f"{entry['perplexity']:.3f}",
         f"{entry['perplexity_ratio']:.4f}",
-        _words(entry["rise"], 4),
+        words_of(entry["rise"], 4),
         f"{100 * entry['untouched_sequences']:.1f} %",
     ]
 
@@ -335,8 +233,3 @@ def _markdown(results: Mapping[str, Any]) -> Iterator[str]:
         yield f"## {escape(entry['title'])}"
         yield escape(entry["text"])
         yield table(entry["columns"], entry["rows"])
-
-
-def _words(interval: Mapping[str, float], digits: int = 2) -> str:
-    values = Interval(**interval)
-    return f"{values.mean:.{digits}f} [{values.low:.{digits}f}, {values.high:.{digits}f}]"

@@ -50,8 +50,9 @@ class SessionSlot:
         state.
         """
         yield "counts", TensorSpec((self.rows,), "I64")
-        for name, tensor in self.ledger.begin(self.rows).items():
-            yield f"state.{name}", spec_of(tensor)
+        for name, tensor in self.ledger.begin(0).items():
+            of_rows = tensor.new_empty(()).expand(self.rows, *tensor.shape[1:])
+            yield f"state.{name}", spec_of(of_rows)
         embedding = self.model.get_input_embeddings()
         yield _stated("embeds", found, self.rows, None, embedding.weight.shape[1])
         first = found["key.0"].shape if "key.0" in found else ()
@@ -73,7 +74,7 @@ class SessionSlot:
             CheckpointError: rows with more tokens than were read.
         """
         here = self.model.get_input_embeddings().weight.device
-        places = {f"state.{n}": x.device for n, x in self.ledger.begin(self.rows).items()}
+        places = {f"state.{n}": x.device for n, x in self.ledger.begin(0).items()}
         if "key.0" in header.specs:
             for index, layer in enumerate(self._base_layers()):
                 places |= {f"{name}.{index}": layer.keys.device for name in ("key", "value")}

@@ -34,7 +34,7 @@ from typing import Annotated
 
 from transformers import PreTrainedModel
 
-from memretrofit.config import MethodConfig, Range
+from memretrofit.config import MethodConfig, Range, larger_than_a_segment
 from memretrofit.modules.associative import AssociativeLayer, WriteTokens
 from memretrofit.modules.memory_tokens import STARTS, Start
 from memretrofit.modules.model_spec import ModelSpec
@@ -66,12 +66,7 @@ class ARMTConfig(MethodConfig):
 
     def problems(self) -> list[str]:
         """More write tokens than there is to write, or features that repeat."""
-        found = []
-        if self.num_memory_tokens > self.segment_length:
-            found.append(
-                f"num_memory_tokens={self.num_memory_tokens}: more than the {self.segment_length} "
-                "tokens of a segment; use fewer, or raise segment_length"
-            )
+        found = larger_than_a_segment(self.num_memory_tokens, self.segment_length)
         if self.num_shifts >= self.memory_dim:
             found.append(
                 f"num_shifts={self.num_shifts}: from memory_dim={self.memory_dim} on, features are "

@@ -23,6 +23,8 @@ to rest until it is trained. (2) p_l starts at zero as published, one for each l
 is one for all. (3) Rows and sink also form queries, whose results are dropped: the authors leave
 them out, to the same effect and cheaper. (4) Segments are of equal length and at least K tokens;
 the released code drops the same rows in all layers or draws for each, here it is always the same.
+(5) Rows have the type of the model. A layer with a sliding window sees of them what it reaches, as
+it does of a text.
 
 Reduces to: the base model on each segment alone while nothing is written. A pool that holds the
 layer inputs of N tokens behind a sink token gives the logits of the whole text.
@@ -35,10 +37,10 @@ from typing import Annotated, Literal
 
 from transformers import PreTrainedModel
 
-from memretrofit.config import MethodConfig, Range
+from memretrofit.config import MethodConfig, Range, larger_than_a_segment
 from memretrofit.modules.memory_tokens import sink_tokens
 from memretrofit.modules.model_spec import ModelSpec
-from memretrofit.modules.pool import LayerPool, PoolMemory
+from memretrofit.modules.pool import LayerPool, PoolMemory, PoolSizes
 from memretrofit.patching.segments import patch_segments
 
 PAPER = "arXiv:2402.04624"
@@ -63,12 +65,7 @@ class MemoryLLMPoolConfig(MethodConfig):
 
     def problems(self) -> list[str]:
         """What is kept are tokens of one segment."""
-        if self.num_memory_tokens <= self.segment_length:
-            return []
-        return [
-            f"num_memory_tokens={self.num_memory_tokens}: a segment has {self.segment_length} "
-            "tokens to keep; lower it, or raise segment_length"
-        ]
+        return larger_than_a_segment(self.num_memory_tokens, self.segment_length)
 
 
 MEMORYLLM_7B = MemoryLLMPoolConfig(num_memory_tokens=256, num_blocks=30, stored="output")
@@ -83,23 +80,20 @@ def patch_memoryllm_pool(model: PreTrainedModel, config: MemoryLLMPoolConfig) ->
     Raises:
         UnsupportedModelError, ConfigError, StateError: see `memretrofit.patch`.
     """
-    spans = (config.segment_length,)
+    sizes = PoolSizes(
+        spans=(config.segment_length,),
+        num_memory_tokens=config.num_memory_tokens,
+        num_blocks=config.num_blocks,
+    )
 
     def make_memory(spec: ModelSpec) -> PoolMemory:
-        return PoolMemory(
-            spans=spans,
-            num_memory_tokens=config.num_memory_tokens,
-            num_blocks=config.num_blocks,
-            sink=sink_tokens(spec, 1),
-            layer=spec.layers[0],
-        )
+        return PoolMemory(sizes, sink=sink_tokens(spec, 1), layer=spec.layers[0])
 
     def make_layer(spec: ModelSpec, layer: int, number: int) -> LayerPool:
         return LayerPool(
-            spans=spans,
+            sizes,
             hidden_size=spec.hidden_size,
-            num_memory_tokens=config.num_memory_tokens,
-            num_blocks=config.num_blocks,
+            dtype=spec.dtype,
             stored=config.stored,
             seed=config.seed,
         )

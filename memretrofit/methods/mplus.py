@@ -22,7 +22,8 @@ there is. (3) A full store loses the row that has been in it for longest. The au
 down from a frequency that recalling should raise, and in the released code never does: the same
 order, with other numbers. (4) Every layer drops the same places, so that all layers' rows of a
 token move together. (5) Copies that fill a pool at its first write do not go to the store. (6) A
-store that holds fewer than top_k rows shows those it has, once each.
+store that holds fewer than top_k rows shows those it has, once each. (7) A layer whose sliding
+window does not reach over the pool would never see what it recalls, and has a pool alone.
 
 Reduces to: `memoryllm_pool` while the store is empty; the base model on each segment alone while
 nothing is written.
@@ -31,14 +32,16 @@ nothing is written.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from transformers import PreTrainedModel
 
-from memretrofit.config import MethodConfig, Range
+from memretrofit.config import MethodConfig, Range, larger_than_a_segment
+from memretrofit.errors import UnsupportedModelError
 from memretrofit.modules.long_term import LayerLongTerm, LongTermMemory
 from memretrofit.modules.memory_tokens import sink_tokens
 from memretrofit.modules.model_spec import ModelSpec
+from memretrofit.modules.pool import LayerPool, PoolSizes
 from memretrofit.patching.segments import patch_segments
 
 PAPER = "arXiv:2502.00592"
@@ -61,7 +64,7 @@ class MPlusConfig(MethodConfig):
     top_k: int = 128
     """Rows that are recalled from the store of each layer."""
     long_term_size: Annotated[int, Range(least=1)] = 1024
-    """C: rows that the store of a layer holds. It has its full size from the start."""
+    """C: rows that the store of a layer holds: 2 C E bytes in bfloat16, from the start."""
     key_dim: Annotated[int, Range(least=1)] = 64
     """D: width of keys and queries; the authors' is 256."""
     stored: Literal["input", "output"] = "input"
@@ -71,12 +74,7 @@ class MPlusConfig(MethodConfig):
 
     def problems(self) -> list[str]:
         """What is kept, and what looks for it, are tokens of one segment."""
-        found = []
-        if self.num_memory_tokens > self.segment_length:
-            found.append(
-                f"num_memory_tokens={self.num_memory_tokens}: a segment has {self.segment_length} "
-                "tokens to keep; lower it, or raise segment_length"
-            )
+        found = larger_than_a_segment(self.num_memory_tokens, self.segment_length)
         if self.query_length >= self.segment_length:
             found.append(
                 f"query_length={self.query_length}: no token of a segment of "
@@ -98,7 +96,10 @@ MPLUS_8B = MPlusConfig(
     key_dim=256,
     stored="output",
 )
-"""The sizes of M+ 8B: 10,240 rows in a pool, 2,560 recalled."""
+"""The sizes of M+ 8B: 10,240 rows in a pool, 2,560 recalled. A row of a batch has 47 GB of state in
+32 layers 4,096 wide in bfloat16, from its first token on, and a read attends 13,400 columns: the
+authors keep the store off the device. For less, lower long_term_size.
+"""
 
 
 def patch_mplus(model: PreTrainedModel, config: MPlusConfig) -> None:
@@ -107,26 +108,28 @@ def patch_mplus(model: PreTrainedModel, config: MPlusConfig) -> None:
     Raises:
         UnsupportedModelError, ConfigError, StateError: see `memretrofit.patch`.
     """
-    spans = (config.query_length, config.segment_length - config.query_length)
+    sizes = PoolSizes(
+        spans=(config.query_length, config.segment_length - config.query_length),
+        num_memory_tokens=config.num_memory_tokens,
+        num_blocks=config.num_blocks,
+    )
 
     def make_memory(spec: ModelSpec) -> LongTermMemory:
-        return LongTermMemory(
-            spans=spans,
-            num_memory_tokens=config.num_memory_tokens,
-            num_blocks=config.num_blocks,
-            top_k=config.top_k,
-            sink=sink_tokens(spec, 1),
-            layer=spec.layers[0],
-        )
+        layer = _recalling(spec, sizes)[0]
+        return LongTermMemory(sizes, top_k=config.top_k, sink=sink_tokens(spec, 1), layer=layer)
 
-    def make_layer(spec: ModelSpec, layer: int, number: int) -> LayerLongTerm:
+    def make_layer(spec: ModelSpec, layer: int, number: int) -> LayerPool:
+        pool: dict[str, Any] = {
+            "hidden_size": spec.hidden_size,
+            "dtype": spec.dtype,
+            "stored": config.stored,
+            "seed": config.seed,
+        }
+        if layer not in _recalling(spec, sizes):
+            return LayerPool(sizes, **pool)
         return LayerLongTerm(
-            spans=spans,
-            hidden_size=spec.hidden_size,
-            num_memory_tokens=config.num_memory_tokens,
-            num_blocks=config.num_blocks,
-            stored=config.stored,
-            seed=config.seed,
+            sizes,
+            **pool,
             top_k=config.top_k,
             long_term_size=config.long_term_size,
             key_dim=config.key_dim,
@@ -134,3 +137,20 @@ def patch_mplus(model: PreTrainedModel, config: MPlusConfig) -> None:
         )
 
     patch_segments(model, config, make_memory, make_layer)
+
+
+def _recalling(spec: ModelSpec, sizes: PoolSizes) -> list[int]:
+    """The layers whose tokens see over the pool in front of them.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    windows = {layer: spec.windows[layer] for layer in spec.layers}
+    found = [n for n, window in windows.items() if window is None or window > sizes.rows + 1]
+    if not found:
+        raise UnsupportedModelError(
+            f"Every layer attends over at most {max(filter(None, windows.values()))} columns, and "
+            f"recalled rows stand before a pool of {sizes.rows}: no token would see them. Lower "
+            "num_blocks or num_memory_tokens, or use memoryllm_pool, which recalls nothing."
+        )
+    return found

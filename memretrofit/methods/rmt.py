@@ -39,7 +39,7 @@ from typing import Annotated, Literal
 
 from transformers import PreTrainedModel
 
-from memretrofit.config import MethodConfig, Range
+from memretrofit.config import MethodConfig, Range, larger_than_a_segment
 from memretrofit.modules.memory_tokens import (
     STARTS,
     MemoryTokens,
@@ -83,12 +83,8 @@ class RMTConfig(MethodConfig):
 
     def problems(self) -> list[str]:
         """A memory larger than what it is to hold, or a queue too short for one segment."""
-        found, count = [], self.num_memory_tokens
-        if count > self.segment_length:
-            found.append(
-                f"num_memory_tokens={count}: more than the {self.segment_length} tokens of a "
-                "segment; use fewer, or raise segment_length"
-            )
+        count = self.num_memory_tokens
+        found = larger_than_a_segment(count, self.segment_length)
         if self.retention == "accumulate" and count > self.queue_length:
             found.append(
                 f"queue_length={self.queue_length}: below the {count} vectors that one segment "

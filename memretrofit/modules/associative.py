@@ -36,7 +36,7 @@ class WriteTokens(SegmentMemory):
 
     def trailing(self, span: int, past: Past) -> Tensor:
         """The tokens [B, M, E]."""
-        return self.rows().to(past.embeds).expand(len(past.embeds), -1, -1)
+        return self.rows.like(past.embeds)
 
 
 class AssociativeLayer(LayerMemory):
@@ -64,9 +64,9 @@ class AssociativeLayer(LayerMemory):
 
     def read(self, hidden: Tensor, state: State, columns: Columns) -> Tensor:
         """Add what each column's query recalls; rows that have written nothing keep their bits."""
-        written = state[NORM].any(-1)
-        if not bool(written.any()):
+        if not columns.written:
             return hidden
+        written = state[NORM].any(-1)
         with full_precision(hidden):
             query = dpfp(self.query(self._for_weights(hidden)), self.num_shifts)
             recalled = associative_read(query, state[MATRIX], state[NORM])

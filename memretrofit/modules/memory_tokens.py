@@ -38,6 +38,12 @@ class TokenRows(nn.Module):
         """The rows [M, E]; a copy, which a conversation may keep while they train on."""
         return self.weight.clone()
 
+    def like(self, embeds: Tensor) -> Tensor:
+        """The rows [B, M, E] for every row of `embeds` [B, ...], where those are and of their
+        type.
+        """
+        return self().to(embeds).expand(len(embeds), -1, -1)
+
 
 @dataclass(eq=False)
 class SinkTokens:

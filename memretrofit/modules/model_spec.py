@@ -38,6 +38,8 @@ class ModelSpec:
     num_layers: int
     layers: tuple[int, ...]
     """Indices of the layers that get a read."""
+    windows: tuple[int | None, ...]
+    """How many columns attention reaches back in each layer, its own among them; None: all."""
     activation: Callable[[Tensor], Tensor]
     """Of the model's own FFN."""
     embedding: InputEmbedding

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -51,15 +53,38 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+@functools.lru_cache(maxsize=1)
+def _drawn(writes: tuple[int, ...], size: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`dropped_places` for the layers of one forward, which all drop the same."""
+    return dropped_places(torch.tensor(writes), size, count, seed)
+
+
 def rows_at(rows: Tensor, places: Tensor) -> Tensor:
     """`rows` [B, N, ...] at each row's own places [B, n]."""
-    index = places.view(*places.shape, *(1,) * (rows.ndim - 2))
+    index = places.to(rows.device).view(*places.shape, *(1,) * (rows.ndim - 2))
     return rows.gather(1, index.expand(-1, -1, *rows.shape[2:]))
 
 
 def tokens_before(spans: tuple[int, ...]) -> tuple[int, ...]:
     """How many tokens of a segment stand before each of its spans, the one that writes last."""
     return (0, *itertools.accumulate(spans))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSizes:
+    """What the columns in front of a segment and the rows of each layer agree on."""
+
+    spans: tuple[int, ...]
+    """Tokens of each, without the span that writes."""
+    num_memory_tokens: int
+    """K."""
+    num_blocks: int
+    """N / K."""
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.num_memory_tokens * self.num_blocks
 
 
 class Offset(nn.Module):
@@ -85,22 +110,12 @@ class PoolMemory(SegmentMemory):
     What stands in the columns of rows does not matter: each layer puts its own there.
     """
 
-    def __init__(
-        self,
-        *,
-        spans: tuple[int, ...],
-        num_memory_tokens: int,
-        num_blocks: int,
-        sink: SinkTokens,
-        layer: int,
-    ) -> None:
-        """`spans` without the last one, which writes; `sink` is one token; `layer` is any that has
-        a pool.
-        """
+    def __init__(self, sizes: PoolSizes, *, sink: SinkTokens, layer: int) -> None:
+        """`sink` is one token; `layer` is any that has a pool."""
         super().__init__()
-        self.spans, self.kept_tokens = (*spans, 0), sum(spans)
-        self.again = tokens_before(spans)
-        self.block, self.size = num_memory_tokens, num_memory_tokens * num_blocks
+        self.spans, self.kept_tokens = (*sizes.spans, 0), sum(sizes.spans)
+        self.again = tokens_before(sizes.spans)
+        self.block, self.size = sizes.num_memory_tokens, sizes.rows
         self._sink, self._layer = sink, layer
 
     def opening(self, span: int, past: Past) -> Opening | None:
@@ -124,7 +139,7 @@ class PoolMemory(SegmentMemory):
 
     def filled(self, past: Past) -> Tensor:
         """[B, 1] bool: whose pools hold something."""
-        return past.state[f"{self._layer}.{WRITES}"][:, None] > 0
+        return past.state[f"{self._layer}.{WRITES}"].cpu()[:, None] > 0
 
 
 class LayerPool(LayerMemory):
@@ -132,37 +147,40 @@ class LayerPool(LayerMemory):
 
     def __init__(
         self,
+        sizes: PoolSizes,
         *,
-        spans: tuple[int, ...],
         hidden_size: int,
-        num_memory_tokens: int,
-        num_blocks: int,
+        dtype: torch.dtype,
         stored: Literal["input", "output"],
         seed: int,
     ) -> None:
-        """`spans` without the last one, which writes."""
+        """`dtype` is that of the model, whose hidden states are kept as they are."""
         super().__init__()
-        self.again, self.write_span = tokens_before(spans), len(spans)
-        self.block, self.size = num_memory_tokens, num_memory_tokens * num_blocks
-        self.hidden_size, self.stored, self.seed = hidden_size, stored, seed
+        self.again, self.write_span = tokens_before(sizes.spans), len(sizes.spans)
+        self.block, self.size = sizes.num_memory_tokens, sizes.rows
+        self.hidden_size, self.dtype, self.stored, self.seed = hidden_size, dtype, stored, seed
         self.move_sink = Offset(hidden_size)
         self.mark_written = Offset(hidden_size)
 
     def begin(self, rows: int, device: torch.device) -> State:
-        """An empty pool: [B, N, E] rows, [B] writes."""
+        """An empty pool: [B, N, E] rows, and [B] writes, on the CPU: they decide what is read."""
+        shape = rows, self.size, self.hidden_size
         return {
-            POOL: torch.zeros(rows, self.size, self.hidden_size, device=device),
-            WRITES: torch.zeros(rows, device=device),
+            POOL: torch.zeros(shape, dtype=self.dtype, device=device),
+            WRITES: torch.zeros(rows, dtype=torch.long, device="cpu"),
         }
 
     def read(self, hidden: Tensor, state: State, columns: Columns) -> Tensor:
-        """The layer's input, with this layer's rows in the columns that wait for them."""
+        """The layer's input, with this layer's rows in the columns that wait for them: the last
+        ones before the tokens.
+        """
         for part in columns.openings:
             own, first = hidden[:, part.begin : part.end], part.end - self.again[part.span]
             front, tokens = own[:, : first - part.begin], own[:, first - part.begin :]
             if front.shape[1]:
-                rows = self.rows(part.span, tokens, state)
-                front = torch.cat([self.move_sink(front[:, :1]), rows.to(hidden)], dim=1)
+                rows = self.rows(part.span, tokens, state).to(hidden)
+                sink, others = front[:, :1], front[:, 1 : front.shape[1] - rows.shape[1]]
+                front = torch.cat([self.move_sink(sink), others, rows], dim=1)
             if part.span == self.write_span:
                 kept, last = tokens[:, : -self.block], tokens[:, -self.block :]
                 tokens = torch.cat([kept, self.mark_written(last)], dim=1)
@@ -180,13 +198,12 @@ class LayerPool(LayerMemory):
             return {}
         new = inputs if self.stored == "input" else outputs
         new = new[:, closing.end - self.block : closing.end].to(state[POOL])
-        stay, leave = dropped_places(state[WRITES], self.size, self.block, self.seed)
-        return self.replaced(new, state, stay, leave)
+        done = tuple(state[WRITES].tolist())
+        return self.replaced(new, state, *_drawn(done, self.size, self.block, self.seed))
 
     def replaced(self, new: Tensor, state: State, stay: Tensor, leave: Tensor) -> State:
         """The state after K new rows [B, K, E] came and the places `leave` [B, K] were dropped."""
-        writes = state[WRITES]
+        empty = (state[WRITES] == 0).to(new.device)[:, None, None]
         moved = torch.cat([rows_at(state[POOL], stay), new], dim=1)
         copies = new.repeat(1, self.size // self.block, 1)
-        empty = (writes == 0)[:, None, None]
-        return {POOL: torch.where(empty, copies, moved), WRITES: writes + 1}
+        return {POOL: torch.where(empty, copies, moved), WRITES: state[WRITES] + 1}

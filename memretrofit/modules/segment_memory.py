@@ -29,12 +29,17 @@ import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
-"""What is carried, by name: the batch is the first dimension of each tensor; float32."""
+"""What is carried, by name: the batch is the first dimension of each tensor. What a memory computes
+has the type of its own weights (float32, and float64 in a float64 model), copies of hidden states
+have the model's, and counters are int64.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Past:
-    """What is known where a span begins or closes."""
+    """What is known where a span begins or closes. What says which rows and columns there are is
+    on the CPU, where it is decided what to read.
+    """
 
     state: State
     """Of the whole model: the memory's own names, and `{layer}.{name}` of layer memories."""
@@ -55,7 +60,9 @@ class Opening:
     embeds: Tensor
     """[B, P, E]"""
     real: Tensor | None = None
-    """[B, P] bool: columns that a row does not have are read by nobody; None: all are there."""
+    """[B, P] bool, best on the CPU: columns that a row does not have are read by nobody; None: all
+    are there.
+    """
 
     def together(self) -> Opening:
         """With the columns that a row does not have in front of all that it has. A sliding window
@@ -64,7 +71,8 @@ class Opening:
         if self.real is None or bool(self.real.all()):
             return self
         order = self.real.int().argsort(dim=-1, stable=True)
-        embeds = self.embeds.gather(1, order[..., None].expand_as(self.embeds))
+        index = order.to(self.embeds.device)[..., None]
+        embeds = self.embeds.gather(1, index.expand_as(self.embeds))
         return Opening(embeds=embeds, real=self.real.gather(1, order))
 
 
@@ -78,7 +86,7 @@ class Part:
     end: int
     """Behind the last column; `begin` where the span has none."""
     rows: Tensor
-    """[B] bool: the rows that do; the columns of the others are not real."""
+    """[B] bool, on the CPU: the rows that do; the columns of the others are not real."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +98,13 @@ class Columns:
     segments: Tensor
     """[B] segments that each row had closed."""
     real: Tensor | None
-    """[B, C] bool; None: all are there."""
+    """[B, C] bool, on the CPU; None: all are there."""
     openings: tuple[Part, ...]
     """In front. More than one where rows are at different places in their segments."""
     closings: tuple[Part, ...]
     """Trailing tokens. A span of 0 tokens has its opening instead, and closes with it."""
+    written: bool = True
+    """Whether any row of `state` may have written something: no layer has to ask its device."""
 
 
 class LayerMemory(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from memretrofit.modules.memory_tokens import Carry, SinkTokens, TokenRows
 from memretrofit.modules.segment_memory import Opening, Past, SegmentMemory, State
+from memretrofit.ops.chunks import full_precision
 
 QUEUE = "queue"
 """[B, N, E] the newest in the last columns."""
@@ -60,13 +61,13 @@ class SummaryVectors(SegmentMemory):
 
     def opening(self, span: int, past: Past) -> Opening:
         """Sinks, then the summaries that there are."""
-        held = past.state[HELD].bool()
+        held = past.state[HELD].bool().cpu()
         begin = self.queue_length - int(held.sum(-1).max())
         return _opening(self.sinks, past.state[QUEUE][:, begin:], held[:, begin:], past)
 
     def trailing(self, span: int, past: Past) -> Tensor:
         """The summary tokens."""
-        return self.rows().to(past.embeds).expand(len(past.segments), -1, -1)
+        return self.rows.like(past.embeds)
 
     def write(self, span: int, written: Tensor, past: Past) -> State:
         """The summary goes into the queue."""
@@ -74,7 +75,9 @@ class SummaryVectors(SegmentMemory):
 
 
 class QueueRecall(nn.Module):
-    """p = softmax( (W_q q) (W_k Q)^T / sqrt(K) ) Q over what the queue Q holds."""
+    """p = softmax( (W_q q) (W_k Q)^T / sqrt(K) ) Q over what the queue Q holds, in the type of Q:
+    autocast does not halve it.
+    """
 
     def __init__(self, hidden_size: int, key_dim: int) -> None:
         super().__init__()
@@ -89,7 +92,8 @@ class QueueRecall(nn.Module):
 
     def forward(self, query: Tensor, queue: Tensor, held: Tensor) -> Tensor:
         """[B, E] of a query [B, E], a queue [B, N, E] and which of it is held [B, N]."""
-        return torch.einsum("bn,bne->be", self.weights(query, queue, held), queue)
+        with full_precision(queue):
+            return torch.einsum("bn,bne->be", self.weights(query, queue, held), queue)
 
 
 class RecalledSummaries(SegmentMemory):
@@ -139,7 +143,7 @@ class RecalledSummaries(SegmentMemory):
         """The summary row behind the first span, the recalled memory behind the second."""
         if span:
             return self._recalled(past)
-        return self.summary().to(past.embeds).expand(len(past.segments), -1, -1)
+        return self.summary.like(past.embeds)
 
     def write(self, span: int, written: Tensor, past: Past) -> State:
         """The query, then the segment's memory."""

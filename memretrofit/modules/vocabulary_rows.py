@@ -31,13 +31,37 @@ class VocabularyRows(nn.Module):
         if output_rows is not None:
             self.output_rows = nn.ParameterList(row.clone() for row in output_rows)
         self.register_buffer("opened", torch.tensor(0))
+        self._learns_from = 0
+        self._counted = (self.opened, self.opened._version, 0)
+        self._stacked: tuple[list[tuple[int, int]], tuple[Tensor, Tensor]] | None = None
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The embeddings [n, E] and the classes [n, E] of the n open rows, n > 0."""
-        rows = torch.stack(self._open_rows(self.rows))
-        if self.output_rows is None:
-            return rows, rows
-        return rows, torch.stack(self._open_rows(self.output_rows))
+        tables = [self._open_rows(table) for table in self._tables()]
+        if torch.is_grad_enabled():
+            return _pair([torch.stack(rows) for rows in tables])
+        now = [(row.data_ptr(), row._version) for rows in tables for row in rows]
+        if self._stacked is None or self._stacked[0] != now:
+            self._stacked = now, _pair([torch.stack(rows) for rows in tables])
+        return self._stacked[1]
+
+    @property
+    def count(self) -> int:
+        """`opened`, which is read from its device only where it may have changed."""
+        held, version, count = self._counted
+        if held is not self.opened or version != self.opened._version:
+            count = int(self.opened)
+            self._counted = (self.opened, self.opened._version, count)
+        return count
+
+    @property
+    def closed(self) -> list[nn.Parameter]:
+        """The rows that must not train: those that wait, and those that were open before the last
+        call of `open`.
+        """
+        learning = range(self._learns_from, self.count)
+        pairs = (pair for table in self._tables() for pair in enumerate(table.parameters()))
+        return [row for number, row in pairs if number not in learning]
 
     def open(self, count: int) -> None:
         """Let the first `count` rows be tokens. Those that were none before train; no other does.
@@ -45,7 +69,7 @@ class VocabularyRows(nn.Module):
         Raises:
             ConfigError: fewer than are open, or more than there are.
         """
-        before = int(self.opened)
+        before = self.count
         if not before < count <= len(self.rows):
             raise ConfigError(
                 f"count={count}: {before} of {len(self.rows)} procedures are open, so it must be "
@@ -53,6 +77,7 @@ class VocabularyRows(nn.Module):
                 "to have more."
             )
         self.opened.fill_(count)
+        self._learns_from = before
         for rows in self._tables():
             for number, row in enumerate(rows):
                 row.requires_grad_(before <= number < count)
@@ -71,10 +96,15 @@ class VocabularyRows(nn.Module):
 
     def _open_rows(self, table: nn.ParameterList) -> list[Tensor]:
         # an iterator over the list itself looks each row up by its name, ten times as slowly
-        return list(itertools.islice(table.parameters(recurse=False), int(self.opened)))
+        return list(itertools.islice(table.parameters(recurse=False), self.count))
 
     def _tables(self) -> list[nn.ParameterList]:
         return [rows for rows in (self.rows, self.output_rows) if rows is not None]
+
+
+def _pair(tables: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Embeddings and classes, of two tables or of one."""
+    return tables[0], tables[-1]
 
 
 def renormalised(rows: Tensor, active: Tensor) -> Tensor:

@@ -23,11 +23,16 @@ FFN_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
 """What architectures call the child of a decoder layer that is its FFN."""
 
 Kind = Literal["ffn", "layer"]
+_LOOKED_FOR = {
+    "ffn": "has an FFN that can be entered: looked in the {} layers of {} for a child named "
+    + ", ".join(FFN_NAMES),
+    "layer": "can be entered: looked in the {} layers of {} for one",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BankSite:
-    """A module whose output, or input, a bank adds to."""
+    """A module whose output, or input, a memory adds to."""
 
     name: str
     module: nn.Module
@@ -47,8 +52,8 @@ def decoder_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
     name = names.get(decoder, "") if decoder is not None else ""
     if not name:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no decoder of its own below its head, beside which a bank "
-            "could stand. Pass a causal language model (AutoModelForCausalLM)."
+            f"{type(model).__name__} has no decoder of its own below its head, beside which a "
+            "memory could stand. Pass a causal language model (AutoModelForCausalLM)."
         )
     assert decoder is not None
     return name, decoder
@@ -74,9 +79,8 @@ def find_bank_sites(model: PreTrainedModel, kind: Kind) -> list[BankSite]:
     if not sites:
         children = sorted({child for layer in layers for child, _ in layer.named_children()})
         raise UnsupportedModelError(
-            f"No layer of {type(model).__name__} has an FFN that can be entered: looked in the "
-            f"{len(layers)} layers of {name} for a child named {', '.join(FFN_NAMES)} that is "
-            f"called once with hidden states [B, T, E]; found {', '.join(children)}."
+            f"No layer of {type(model).__name__} {_LOOKED_FOR[kind].format(len(layers), name)} "
+            f"that is called once with hidden states [B, T, E]; found {', '.join(children)}."
         )
     return sites
 
@@ -141,13 +145,13 @@ def _run_two_tokens(
             handle.remove()
     if not given or not isinstance(given[0], Tensor) or given[0].is_floating_point():
         raise UnsupportedModelError(
-            f"{type(model).__name__} embeds its tokens before its decoder, so a bank there does "
+            f"{type(model).__name__} embeds its tokens before its decoder, so a memory there does "
             "not learn which tokens it reads. Patch a text-only causal language model."
         )
     if not isinstance(cache, Cache):
         raise UnsupportedModelError(
             f"{type(model).__name__} keeps its conversation in {type(cache).__name__} and not in a "
-            "Transformers Cache, so a bank could not know what was said before."
+            "Transformers Cache, so a memory could not know what was said before."
         )
     return calls
 

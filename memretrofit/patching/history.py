@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from memretrofit.errors import StateError
 from memretrofit.modules.bank import PAD, Reach, first_tokens
 from memretrofit.modules.rolling import RollingBuffer
+from memretrofit.patching.ledger import refuse_other_owner
 
 
 class History:
@@ -143,11 +144,7 @@ def history_of(cache: Any, owner: str) -> History:
             )
         adopt(cache, History(owner))
     history: History = cache.history
-    if history.owner != owner:
-        raise StateError(
-            "This cache belongs to a conversation of another patched model (or of an earlier "
-            "patch). Start with a fresh cache: past_key_values=None."
-        )
+    refuse_other_owner(history.owner, owner)
     if len(history) != seen:
         raise StateError(
             f"This cache holds {seen} tokens, of which the bank has seen {len(history)}: some were "

@@ -37,6 +37,10 @@ class Ledger:
     nothing did.
     """
 
+    def closed(self) -> list[nn.Parameter]:
+        """Parameters of the memory that must not train as it stands."""
+        return []
+
     def replace_method(self, model: nn.Module, name: str, function: Callable[..., Any]) -> None:
         """Let `function` answer for the method `name` of `model` until it is unpatched."""
         self.methods.setdefault(name, vars(model).get(name, ABSENT))
@@ -54,6 +58,19 @@ def refuse_patched(model: PreTrainedModel) -> None:
         raise StateError(
             f"This {type(model).__name__} is patched already ({ledger.config}). "
             "Call memretrofit.unpatch(model) first; one model carries one memory."
+        )
+
+
+def refuse_other_owner(found: str, owner: str) -> None:
+    """A cache goes on with the patch that began it.
+
+    Raises:
+        StateError: `found` began it, and `owner` would go on.
+    """
+    if found != owner:
+        raise StateError(
+            "This cache belongs to a conversation of another patched model (or of an earlier "
+            "patch). Start with a fresh cache: past_key_values=None."
         )
 
 

@@ -145,6 +145,9 @@ def _read(
 class _Reading:
     """One call of a model that reads in pieces."""
 
+    real: Tensor | None
+    """[B, slots] bool: what is no padding, up to the end of the call."""
+
     def __init__(
         self, model: Any, forward: Callable[..., Any], reader: Reader, call: dict[str, Any]
     ) -> None:
@@ -195,8 +198,10 @@ class _Reading:
             begin -= 1
         end = begin + self.new
         self._check(end)
+        mask = self.call.get("attention_mask")
+        self.real = None if mask is None else mask.bool()
         keep = self._kept_from(end, begin + (again is not None))
-        cuts = self.reader.cuts(begin, end, self._real(end))
+        cuts = self.reader.cuts(begin, end, self.real)
         bounds = [begin, *(x for x in cuts if x < end), end]
         last, logits, hidden = None, [], []
         for low, high in itertools.pairwise(bounds):
@@ -236,15 +241,11 @@ class _Reading:
             high=high,
             ids=call.get("input_ids"),
             embeds=call.get("inputs_embeds"),
-            real=self._real(high),
+            real=None if self.real is None else self.real[:, :high],
             closes=closes,
             wanted=keep,
             call=call,
         )
-
-    def _real(self, high: int) -> Tensor | None:
-        mask = self.call.get("attention_mask")
-        return None if mask is None else mask[:, :high].bool()
 
     def _kept_from(self, end: int, begin: int) -> int:
         """The first slot whose logits the caller wants."""

@@ -41,11 +41,21 @@ def model_spec(model: PreTrainedModel, count: int, layers: tuple[int, ...]) -> M
         vocab_size=embedding.weight.shape[0],
         num_layers=count,
         layers=layers,
+        windows=_windows(config, count),
         activation=ACT2FN[name] if isinstance(name, str) else nn.SiLU(),
         embedding=InputEmbedding(embedding),
         dtype=embedding.weight.dtype,
         sink_token_id=_sink_token(config),
     )
+
+
+def _windows(config: Any, count: int) -> tuple[int | None, ...]:
+    reach = {
+        "sliding_attention": getattr(config, "sliding_window", None),
+        "chunked_attention": getattr(config, "attention_chunk_size", None),
+    }
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * count
+    return tuple(reach.get(kind) for kind in kinds)
 
 
 def _sink_token(config: Any) -> int:

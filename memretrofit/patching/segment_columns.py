@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memretrofit.errors import UnsupportedModelError
-from memretrofit.modules.segment_memory import Columns, Part
+from memretrofit.modules.segment_memory import Columns, Part, State
 from memretrofit.patching.pieces import JOINED
 
 KEEP = "logits_to_keep"
@@ -31,8 +31,8 @@ class Plan:
     trailing: int
     counts: Tensor
     """[B] tokens of each row."""
-    embeds: Tensor
-    """As `Session.embeds`."""
+    pieces: tuple[Tensor, ...]
+    """As `Session.pieces`."""
 
 
 @functools.cache
@@ -58,13 +58,15 @@ class Parts:
         self.real: list[Tensor] = []
 
     def add(self, span: int, rows: Tensor, embeds: Tensor | None, real: Tensor | None) -> None:
-        """Columns [B, n, E] that `rows` [B] have, of those that are `real` [B, n]."""
+        """Columns [B, n, E] that `rows` [B] have, of those that are `real` [B, n]: both end up on
+        the CPU.
+        """
         begin = self.end
         if embeds is not None and embeds.shape[1]:
             self.end += embeds.shape[1]
             self.embeds.append(embeds)
             there = rows[:, None].expand(-1, embeds.shape[1])
-            self.real.append(there if real is None else there & real)
+            self.real.append(there if real is None else there & real.cpu())
         self.parts.append(Part(span, begin, self.end, rows))
 
 
@@ -73,14 +75,23 @@ def known(width: int, counts: Tensor) -> Tensor:
     return torch.arange(width, 0, -1, device=counts.device) <= counts[:, None]
 
 
+def nothing_like(embeds: Tensor) -> Tensor:
+    """[B, 0, E]; a slice would keep all of `embeds` [B, T, E]."""
+    return embeds.new_empty(len(embeds), 0, embeds.shape[-1])
+
+
 def or_ones(real: Tensor | None, embeds: Tensor) -> Tensor:
     """`real` [B, T], or that all of `embeds` [B, T, E] are."""
-    return embeds.new_ones(embeds.shape[:2], dtype=torch.bool) if real is None else real
+    return torch.ones(embeds.shape[:2], dtype=torch.bool) if real is None else real
 
 
-def where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """`new` in the chosen rows."""
-    return torch.where(rows.to(new.device).view(-1, *(1,) * (new.ndim - 1)), new, old)
+def where_rows(rows: Tensor, new: State, old: State) -> State:
+    """`new` in the chosen rows, and the tensors of `old` with these names in the others."""
+    on = {device: rows.to(device) for device in {x.device for x in new.values()}}
+    return {
+        name: torch.where(on[x.device].view(-1, *(1,) * (x.ndim - 1)), x, old[name])
+        for name, x in new.items()
+    }
 
 
 def tokens_of(output: Any, plan: Plan) -> Any:

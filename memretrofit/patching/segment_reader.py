@@ -31,6 +31,7 @@ from memretrofit.patching.segment_columns import (
     Plan,
     chooses_logits,
     known,
+    nothing_like,
     or_ones,
     slides,
     tokens_of,
@@ -49,6 +50,12 @@ class SegmentReader(Reader):
 
     session: Session
     plan: Plan
+    begin: int
+    """The first slot of the call."""
+    new: Tensor | None
+    """[B, T] bool, on the CPU: which of the tokens of the call are no padding; None: all."""
+    closed: Tensor
+    """[B] segments that each row had closed before the piece."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -90,7 +97,8 @@ class SegmentReader(Reader):
     def enter(self, cache: Cache, own: bool) -> int:
         """Find or make the session in `cache`."""
         self.session = session_of(cache, self.segments.owner)
-        self.held = vars(self.session.twin()) | {"earlier": [*self.session.earlier]}
+        if not own:  # a cache of ours goes with the error
+            self.held = vars(self.session.twin()) | {"earlier": [*self.session.earlier]}
         return self.session.seen
 
     def undo(self) -> None:
@@ -98,21 +106,24 @@ class SegmentReader(Reader):
         vars(self.session).update(self.held)
 
     def cuts(self, begin: int, end: int, real: Tensor | None) -> list[int]:
-        """Where a row opens or closes a span."""
+        """Where a row opens or closes a span. The mask is looked at here, once for the call."""
+        new = None if real is None else real[:, begin:].cpu()
+        self.begin = begin
+        self.new = None if new is None or bool(new.all()) else new
         counts, length = self.session.counts, self.length
         edges = {edge % length for edge in self.ends}
-        if real is None:
+        if self.new is None:
             seen = {0} if counts is None else {x % length for x in counts.tolist()}
             firsts = {begin + (edge - n - 1) % length + 1 for edge in edges for n in seen}
             return sorted(x for first in firsts for x in range(first, end + 1, length))
-        new = real[:, begin:]
+        new = self.new
         ranks = new.cumsum(-1)  # tokens of the row up to and with each slot
         ranks = ranks if counts is None else ranks + counts[:, None]
-        wanted = torch.tensor(sorted(edges), device=new.device)
+        wanted = torch.tensor(sorted(edges))
         opens = torch.isin((ranks - 1) % length, wanted) & new
         closes = torch.isin(ranks % length, wanted) & new
-        found = {int(x) + begin for x in opens.any(0).nonzero()}
-        found |= {int(x) + begin + 1 for x in closes.any(0).nonzero()}
+        found = {x + begin for x in opens.any(0).nonzero().flatten().tolist()}
+        found |= {x + begin + 1 for x in closes.any(0).nonzero().flatten().tolist()}
         return sorted(x for x in found if x > begin)
 
     def before(self, piece: Piece) -> None:
@@ -120,9 +131,13 @@ class SegmentReader(Reader):
         embeds = piece.embeds
         if embeds is None:
             embeds = self.model.get_input_embeddings()(piece.ids)
-        new = None if piece.real is None else piece.real[:, piece.low :]
-        self._begin(len(embeds), embeds.device)
-        self.plan = plan = self._plan(embeds, new)
+        columns = slice(piece.low - self.begin, piece.high - self.begin)
+        new = None if self.new is None else self.new[:, columns]
+        self._begin(len(embeds))
+        self.closed = self._counts // self.length
+        state = self._read_state()
+        openings = self._open(embeds, new, state)
+        self.plan = plan = self._plan(openings, embeds, new, state)
         if not plan.opening and not plan.trailing and piece.ids is not None:
             plan.call["input_ids"] = piece.ids
             del plan.call["inputs_embeds"]
@@ -143,23 +158,22 @@ class SegmentReader(Reader):
         """Close the spans that end with `piece`, and give back its tokens alone."""
         session, plan = self.session, self.plan
         session.extend(plan.columns.real, plan.opening + plan.tokens, plan.trailing)
-        segments = plan.columns.segments
-        session.counts, session.embeds = plan.counts, plan.embeds
+        session.counts, session.pieces = plan.counts, plan.pieces
         session.seen, session.open = session.seen + plan.tokens, session.open + plan.tokens
         closings = plan.columns.closings
         if closings:
             session.remember()
             session.open = 0
         for number, closing in enumerate(closings):
-            self._write(self.visit, number, segments)
+            self._write(self.visit, number)
             session.close(closing.rows)
             following = closing.span + 1
             while following < len(self.memory.spans) and not self.memory.spans[following]:
-                self._read_again(following, closing.rows, segments)
+                self._read_again(following, closing.rows)
                 following += 1
         return tokens_of(output, plan)
 
-    def _begin(self, rows: int, device: torch.device) -> None:
+    def _begin(self, rows: int) -> None:
         """The state of a conversation that has not begun, or a check of one that has."""
         session = self.session
         if self.controls.shuffled and rows < 2:
@@ -168,7 +182,7 @@ class SegmentReader(Reader):
             )
         if session.counts is None:
             session.state = self._first_state(rows)
-            session.counts = torch.zeros(rows, dtype=torch.long, device=device)
+            session.counts = torch.zeros(rows, dtype=torch.long)
         if len(session.counts) != rows:
             raise StateError(
                 f"This cache holds {len(session.counts)} rows, and {rows} were passed. To go on "
@@ -180,12 +194,14 @@ class SegmentReader(Reader):
         fresh = self.segments.begin(rows)
         if self.controls.carried is None:
             return fresh
-        other = session_of(self.controls.carried, self.segments.owner).state
+        carried = session_of(self.controls.carried, self.segments.owner)
+        other = carried.state
         if any(k not in other or other[k].shape != x.shape for k, x in fresh.items()):
             raise StateError(
                 f"state_carried: the cache holds no state of {rows} rows of this model. Pass a "
                 "cache that this model filled with as many rows."
             )
+        self.session.written = carried.written
         return dict(other)
 
     def _read_state(self) -> State:
@@ -201,41 +217,45 @@ class SegmentReader(Reader):
         assert counts is not None
         return counts
 
-    def _past(self, state: State, counts: Tensor, embeds: Tensor, segments: Tensor) -> Past:
+    def _past(self, state: State, counts: Tensor, embeds: Tensor) -> Past:
         kept = embeds[:, max(embeds.shape[1] - self.memory.kept_tokens, 0) :]
         real = known(kept.shape[1], counts)
-        return Past(state=state, segments=segments, embeds=kept, real=real)
+        return Past(state=state, segments=self.closed, embeds=kept, real=real)
 
-    def _plan(self, embeds: Tensor, new: Tensor | None) -> Plan:
-        """What the forward of a piece reads: openings, tokens [B, T, E] and what trails them."""
-        counts, tokens = self._counts, embeds.shape[1]
-        segments, state = counts // self.length, self._read_state()
+    def _open(self, embeds: Tensor, new: Tensor | None, state: State) -> Parts:
+        """Close the columns of rows that begin a span; what opens it, unless it was read here."""
+        counts, session = self._counts, self.session
         first = torch.ones_like(counts, dtype=torch.bool) if new is None else new[:, 0]
-        kept = embeds[:, :0] if self.session.embeds is None else self.session.embeds
         openings = Parts(0)
         for span, begin in enumerate(self.begins):
             rows = first & (counts % self.length == begin)
             if self.memory.spans[span] and bool(rows.any()):
                 if not openings.parts:
-                    self.session.remember()
-                    self.session.open = 0
-                self.session.close(rows)
-                past = self._past(state, counts, kept, segments)
-                found = self.memory.opening(span, past)
+                    session.remember()
+                    session.open = 0
+                session.close(rows)
+                kept = nothing_like(embeds) if session.embeds is None else session.embeds
+                found = self.memory.opening(span, self._past(state, counts, kept))
                 openings.add(span, rows, found and found.embeds, found and found.real)
-        if self.contiguous and self.session.ragged(openings.parts):
-            self._read_alone(openings, state, segments)
-            openings = Parts(0)
+        if self.contiguous and session.ragged(openings.parts):
+            self._read_alone(openings, state)
+            return Parts(0)
+        return openings
+
+    def _plan(self, openings: Parts, embeds: Tensor, new: Tensor | None, state: State) -> Plan:
+        """What the forward of a piece reads: openings, tokens [B, T, E] and what trails them."""
+        counts, tokens = self._counts, embeds.shape[1]
         added = torch.full_like(counts, tokens) if new is None else new.sum(-1)
-        after, kept = counts + added, self._keep(kept, embeds, new)
+        after, pieces = counts + added, self._keep(embeds, new)
         closings = Parts(openings.end + tokens)
         for span, end in enumerate(self.ends):
             rows = (added > 0) & (after % self.length == end % self.length)
             if self.memory.spans[span] and bool(rows.any()):
-                past = self._past(state, after, kept, segments)
+                joined = torch.cat(pieces, dim=1)
+                past, pieces = self._past(state, after, joined), (joined,)
                 closings.add(span, rows, self.memory.trailing(span, past), None)
         real = [*openings.real, or_ones(new, embeds), *closings.real]
-        columns = self._columns(state, segments, torch.cat(real, dim=1), openings, closings)
+        columns = self._columns(state, torch.cat(real, dim=1), openings, closings)
         return Plan(
             columns=columns,
             call=self._call([*openings.embeds, embeds, *closings.embeds], columns.real),
@@ -243,14 +263,14 @@ class SegmentReader(Reader):
             tokens=tokens,
             trailing=closings.end - closings.begin,
             counts=after,
-            embeds=kept,
+            pieces=pieces,
         )
 
-    def _read_alone(self, openings: Parts, state: State, segments: Tensor) -> None:
+    def _read_alone(self, openings: Parts, state: State) -> None:
         """Read openings before the piece, so that every row's columns can be put side by side."""
         if openings.end:
             real = torch.cat(openings.real, dim=1)
-            columns = self._columns(state, segments, real, openings, Parts(openings.end))
+            columns = self._columns(state, real, openings, Parts(openings.end))
             with visiting(self._visit(columns)):
                 self.decoder(**self._call(openings.embeds, columns.real))
             self.session.extend(columns.real, openings.end, 0)
@@ -259,15 +279,14 @@ class SegmentReader(Reader):
             self.session.align()
             self.session.open = 0
 
-    def _columns(
-        self, state: State, segments: Tensor, real: Tensor, openings: Parts, closings: Parts
-    ) -> Columns:
+    def _columns(self, state: State, real: Tensor, openings: Parts, closings: Parts) -> Columns:
         return Columns(
             state=state,
-            segments=segments,
+            segments=self.closed,
             real=None if bool(real.all()) else real,
             openings=tuple(openings.parts),
             closings=tuple(closings.parts),
+            written=self.session.written and not self.controls.silenced,
         )
 
     def _call(self, parts: list[Tensor], real: Tensor | None) -> dict[str, Any]:
@@ -279,7 +298,8 @@ class SegmentReader(Reader):
         self._check_positions(mask, embeds.shape[1])
         if mask is not None:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-            call |= {"attention_mask": mask, "position_ids": positions}
+            given = {"attention_mask": mask, "position_ids": positions}
+            call |= {name: x.to(embeds.device) for name, x in given.items()}
         return call
 
     def _check_positions(self, mask: Tensor | None, new: int) -> None:
@@ -295,50 +315,57 @@ class SegmentReader(Reader):
                 "Shorten segment_length, or carry less."
             )
 
-    def _keep(self, before: Tensor, embeds: Tensor, new: Tensor | None) -> Tensor:
+    def _keep(self, embeds: Tensor, new: Tensor | None) -> tuple[Tensor, ...]:
         """The tokens that may be read again, those of the piece behind the others."""
+        session = self.session
+        before = session.pieces or (nothing_like(embeds),)
         if not self.memory.kept_tokens:
             return before
-        spare = before.shape[1] - self.session.open - self.memory.kept_tokens
-        before = before[:, max(spare, 0) :]
-        joined = torch.cat([before, embeds], dim=1)
-        if new is None:
-            return joined
-        real = torch.cat([known(before.shape[1], self._counts), new], dim=1)
+        width = sum(piece.shape[1] for piece in before)
+        spare = width - session.open - self.memory.kept_tokens
+        if spare > 0 and session.embeds is not None:
+            before, width = (session.embeds[:, spare:],), width - spare
+        if new is None or bool(new.all()):
+            # a slice would keep what it was cut from
+            part = embeds.untyped_storage().nbytes() > embeds.nbytes
+            return (*before, embeds.clone() if part else embeds)
+        joined = torch.cat([*before, embeds], dim=1)
+        real = torch.cat([known(width, self._counts), new], dim=1)
         order = real.int().argsort(dim=-1, stable=True)  # padding goes to the left
-        return joined.gather(1, order[..., None].expand_as(joined))
+        index = order.to(joined.device)[..., None]
+        return (joined.gather(1, index.expand_as(joined)),)
 
     def _visit(self, columns: Columns) -> Visit:
         return Visit(columns, self.session.state, [{} for _ in columns.closings])
 
-    def _write(self, visit: Visit, number: int, segments: Tensor) -> None:
+    def _write(self, visit: Visit, number: int) -> None:
         """Put what one closing part wrote into the state of its rows."""
         if not self.controls.writes:
             return
         closing, session = visit.columns.closings[number], self.session
         assert visit.hidden is not None
         assert session.embeds is not None
-        past = self._past(session.state, self._counts, session.embeds, segments)
+        past = self._past(session.state, self._counts, session.embeds)
         written = visit.hidden[:, closing.begin : closing.end]
         found = visit.written[number] | self.memory.write(closing.span, written, past)
         if not bool(closing.rows.all()):
-            found = {k: where_rows(closing.rows, x, session.state[k]) for k, x in found.items()}
-        session.state = session.state | found
+            found = where_rows(closing.rows, found, session.state)
+        session.state, session.written = session.state | found, True
 
-    def _read_again(self, span: int, rows: Tensor, segments: Tensor) -> None:
+    def _read_again(self, span: int, rows: Tensor) -> None:
         """A span of no tokens: what its opening becomes is written, and no column stays."""
         session, counts, state = self.session, self._counts, self._read_state()
         assert session.embeds is not None
-        opening = self.memory.opening(span, self._past(state, counts, session.embeds, segments))
+        opening = self.memory.opening(span, self._past(state, counts, session.embeds))
         if opening is None:
             return
         openings = Parts(0)
         openings.add(span, rows, opening.embeds, opening.real)
         closings = Parts(openings.end)
         closings.add(span, rows, None, None)
-        columns = self._columns(state, segments, openings.real[0], openings, closings)
+        columns = self._columns(state, openings.real[0], openings, closings)
         visit = self._visit(columns)
         with visiting(visit):
             self.decoder(**self._call(openings.embeds, columns.real))
         session.extend(None, 0, openings.end)
-        self._write(visit, 0, segments)
+        self._write(visit, 0)

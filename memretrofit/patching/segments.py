@@ -7,9 +7,11 @@ Here a memory is attached: hooks let the parts in layers read and write during t
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from memretrofit.config import MethodConfig
@@ -48,11 +50,13 @@ def patch_segments(
 
     Raises:
         StateError: the model is patched already.
-        UnsupportedModelError: no layer can be entered, or its layers keep no keys and values.
+        UnsupportedModelError: no layer can be entered, its layers keep no keys and values, or they
+            have inputs of their own made from token ids.
         NoTargetError: `layers_to_transform` names a layer that does not exist.
     """
     refuse_patched(model)
     name, decoder = decoder_of(model)
+    _check_inputs(decoder)
     sites = {site.layer_idx: site for site in find_bank_sites(model, "layer")}
     _check_layers(model)
     wanted = getattr(config, "layers_to_transform", None)
@@ -104,6 +108,15 @@ def _prepare_cache(
         if generation_config.is_assistant:
             session.activate_past_recording()
     return result
+
+
+def _check_inputs(decoder: nn.Module) -> None:
+    if "per_layer_inputs" in inspect.signature(type(decoder).forward).parameters:
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} makes inputs of each layer from token ids, and what stands "
+            "in front of a segment and behind it has none. Patch a model whose layers read their "
+            "hidden states alone."
+        )
 
 
 def _check_layers(model: PreTrainedModel) -> None:

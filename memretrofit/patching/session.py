@@ -20,12 +20,15 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from memretrofit.errors import StateError, UnsupportedModelError
 from memretrofit.modules.segment_memory import Part, State
+from memretrofit.patching.ledger import refuse_other_owner
 
 Rows = Callable[[Tensor], Tensor]
 NUMBERS = ("seen", "open", "record_past")
 """What a session counts and notes beside its tensors."""
 TENSORS = ("counts", "valid", "embeds")
-"""What it holds beside the state and the open span."""
+"""What it holds beside the state and the open span. The first two are on the CPU: they decide what
+a forward reads, and a device that is asked for that has to be waited for.
+"""
 
 
 class Session(DynamicLayer):
@@ -47,14 +50,28 @@ class Session(DynamicLayer):
         """[B] tokens of each row that are no padding."""
         self.valid: Tensor | None = None
         """[B, columns] bool; None: every column of every row."""
-        self.embeds: Tensor | None = None
-        """[B, n, E] tokens of each row, its last in the last column: what may be read again, and
-        those of the open span.
-        """
+        self.pieces: tuple[Tensor, ...] = ()
+        """`embeds`, cut into what was read at once: a token is added without copying the others."""
+        self.written = False
+        """Whether any row may have written something."""
         self.open = 0
         """Slots since a row last opened or closed a span: what can be cropped."""
         self.earlier: list[Session] = []
         """As it was at each event that a crop may still take back, oldest first."""
+
+    @property
+    def embeds(self) -> Tensor | None:
+        """[B, n, E] tokens of each row, its last in the last column: what may be read again, and
+        those of the open span.
+        """
+        if len(self.pieces) > 1:
+            self.pieces = (torch.cat(self.pieces, dim=1),)
+        return self.pieces[0] if self.pieces else None
+
+    @embeds.setter
+    def embeds(self, tokens: Tensor | None) -> None:
+        """In one piece."""
+        self.pieces = () if tokens is None else (tokens,)
 
     # What the model and `generate` call
 
@@ -125,7 +142,7 @@ class Session(DynamicLayer):
         self.counts = self.counts - gone
         self.seen, self.open = self.seen - count, self.open - count
         if self.embeds is not None:
-            self.embeds = roll_right(self.embeds, gone)
+            self.embeds = roll_right(self.embeds, gone.to(self.embeds.device))
 
     def reset(self) -> None:
         """Forget everything and keep the object."""
@@ -141,7 +158,7 @@ class Session(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        self.apply(lambda x: x[indices, ...])
+        self.apply(lambda x: x[indices.to(x.device), ...])
 
     def apply(self, function: Rows) -> None:
         """Reorder, repeat or choose rows of all that is held."""
@@ -181,6 +198,8 @@ class Session(DynamicLayer):
             setattr(self, name, type(getattr(self, name))(numbers[name]))
         for name in TENSORS:
             setattr(self, name, tensors.get(name))
+        self.counts, self.valid = (x if x is None else x.cpu() for x in (self.counts, self.valid))
+        self.written = True
         prefix = "state."
         named = (x for x in tensors.items() if x[0].startswith(prefix))
         self.state = {name.removeprefix(prefix): x for name, x in named}
@@ -234,21 +253,20 @@ class Session(DynamicLayer):
         size = len(self.counts), self.columns - kept
         before, new = self.valid, real
         if before is None:
-            before = torch.ones(size, dtype=torch.bool, device=self.counts.device)
+            before = torch.ones(size, dtype=torch.bool)
         if new is None:
-            new = torch.ones(size[0], kept, dtype=torch.bool, device=self.counts.device)
+            new = torch.ones(size[0], kept, dtype=torch.bool)
         self.valid = torch.cat([before, new[:, :kept]], dim=1)
 
     def mask_with(self, real: Tensor | None, size: torch.Size) -> Tensor | None:
-        """[B, columns + C] int64: which columns a forward over C more, `real`, may see; None: all.
-        `size` is (B, C).
+        """[B, columns + C] int64 on the CPU: which columns a forward over C more, `real`, may see;
+        None: all. `size` is (B, C).
         """
         if self.valid is None and real is None:
             return None
         assert self.counts is not None
-        device = self.counts.device
-        before = torch.ones(size[0], self.columns, dtype=torch.bool, device=device)
-        new = torch.ones(size, dtype=torch.bool, device=device) if real is None else real
+        before = torch.ones(size[0], self.columns, dtype=torch.bool)
+        new = torch.ones(size, dtype=torch.bool) if real is None else real
         return torch.cat([before if self.valid is None else self.valid, new], dim=1).long()
 
     @property
@@ -263,7 +281,7 @@ class Session(DynamicLayer):
             return
         valid = self.valid
         if valid is None:
-            valid = torch.ones(len(rows), self.columns, dtype=torch.bool, device=rows.device)
+            valid = torch.ones(len(rows), self.columns, dtype=torch.bool)
         self.valid = valid & ~rows[:, None]
         if 2 * int(self.valid.sum(-1).max()) <= self.columns:  # half of what is held is of no row
             self.align()
@@ -323,11 +341,7 @@ def session_of(cache: Cache, owner: str) -> Session:
         )
     first = cache.layers[0] if cache.layers else None
     if isinstance(first, Session):
-        if first.owner != owner:
-            raise StateError(
-                "This cache belongs to a conversation of another patched model (or of an earlier "
-                "patch). Start with a fresh cache: past_key_values=None."
-            )
+        refuse_other_owner(first.owner, owner)
         return first
     if seen := cache.get_seq_length():
         raise StateError(

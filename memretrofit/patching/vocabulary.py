@@ -54,7 +54,11 @@ class VocabularyLedger(Ledger):
     def classes(self) -> int:
         """Classes behind the vocabulary, as the switches are now."""
         off = self.controls.disabled or self.controls.silenced
-        return 0 if off else int(self.memory.opened)
+        return 0 if off else self.memory.count
+
+    def closed(self) -> list[nn.Parameter]:
+        """Rows that wait, and those of procedures that were learned earlier."""
+        return self.memory.closed
 
 
 def open_procedures(model: nn.Module, count: int | None = None) -> Tensor:
@@ -66,7 +70,7 @@ def open_procedures(model: nn.Module, count: int | None = None) -> Tensor:
         patched, or with another memory.
     """
     ledger = vocabulary_ledger_of(model)
-    before = int(ledger.memory.opened)
+    before = ledger.memory.count
     ledger.memory.open(len(ledger.memory.rows) if count is None else count)
     return procedure_ids(model)[before:]
 
@@ -79,7 +83,7 @@ def procedure_ids(model: nn.Module) -> Tensor:
         StateError: the model is not patched, or with another memory.
     """
     ledger = vocabulary_ledger_of(model)
-    return torch.arange(ledger.vocab_size, ledger.vocab_size + int(ledger.memory.opened))
+    return torch.arange(ledger.vocab_size, ledger.vocab_size + ledger.memory.count)
 
 
 def renormalise_procedures(model: nn.Module) -> None:
@@ -160,7 +164,7 @@ class _Embed:
         size = self.ledger.vocab_size
         if not bool((ids >= size).any()):
             return None
-        opened = 0 if self.ledger.controls.disabled else int(self.ledger.memory.opened)
+        opened = 0 if self.ledger.controls.disabled else self.ledger.memory.count
         if bool((ids >= size + opened).any()):
             raise StateError(
                 f"Token id {int(ids.max())} was given, and the ids of this model end at "

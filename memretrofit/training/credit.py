@@ -8,7 +8,9 @@ and L_s the loss of that segment's own targets, the loss is L_1 + ... + L_S, and
                 detached: gradient through at most k segments, activations of k
     replay      s = 1 .. S - 1 without a graph, C_s kept; then for s = S .. 1, from C_(s-1) as a
                 leaf: read s again, go back from L_s + <C_s, g_s>, and hand g_(s-1) = dC_(s-1) on.
-                The gradient of `full`, activations of one segment, one more forward
+                The gradient of `full`, activations of one segment, one more forward, and S - 1
+                times what a conversation carries (26 MB a row for ARMT on 30 layers 576 wide),
+                which waits on the CPU
 
 `replay` is memory replay back-propagation (Memformer, arXiv:2010.06891). Random numbers are drawn
 again as they were. Public code of recurrent memories means `truncated` at times and does not
@@ -140,15 +142,16 @@ def _truncated(text: SegmentedText, segments: int) -> None:
 
 
 def _replay(text: SegmentedText, _: int) -> None:
-    cache, past = DynamicCache(), list[tuple[Session, _Noise]]()
+    cache, past = DynamicCache(), list[tuple[_Waiting, _Noise]]()
     with torch.no_grad():
         for number in range(len(text)):
-            past.append((text.carried(cache).twin(), _Noise.now(text.ids.device)))
+            past.append((_Waiting(text.carried(cache)), _Noise.now(text.ids.device)))
             if number + 1 < len(text):
                 text.pass_by(cache, number)
     handed: list[Tensor | None] = []
     for number in reversed(range(len(text))):
-        session, noise = past.pop()
+        waiting, noise = past.pop()
+        session = waiting.back()
         leaves = _leaves(session)
         cache = DynamicCache()
         cache.layers[:] = [session]
@@ -195,6 +198,25 @@ def _held(session: Session) -> list[Tensor]:
 
     session.apply(note)
     return [x for x in found if x.is_floating_point()]
+
+
+class _Waiting:
+    """What a session holds, on the CPU until it is needed."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.devices = session.twin(), list[torch.device]()
+
+        def away(held: Tensor) -> Tensor:
+            self.devices.append(held.device)
+            return held.cpu()
+
+        self.session.apply(away)
+
+    def back(self) -> Session:
+        """The session, where it was; once."""
+        devices = iter(self.devices)
+        self.session.apply(lambda held: held.to(next(devices)))
+        return self.session
 
 
 @dataclass(frozen=True)

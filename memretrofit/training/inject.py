@@ -4,8 +4,9 @@
 
     loss = mean over learned tokens of -log p(token | what comes before it)
 
-Rows have sparse gradients, and SparseAdam moves those of a step alone: dense Adam would go on
-moving every row by its old momentum. Everything random is a function of (seed, step).
+Rows have sparse gradients: dense Adam would go on moving every row by its old momentum. What a step
+may move, and by which optimizer, is a rule of its own (`writing`). Everything random is a function
+of (seed, step).
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memretrofit.data.lessons import IGNORED, Item, batch
+from memretrofit.data.lessons import IGNORED, Item, batch, drawn
 from memretrofit.errors import ConfigError, StateError
 from memretrofit.training.checkpoints import load_checkpoint, save_checkpoint
 from memretrofit.training.schedule import learning_rate_factor
+from memretrofit.training.writing import ROWS, ReadRows, Writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +35,12 @@ class InjectSettings:
     batch_size: int = 8
     """Texts of one step."""
     learning_rate: float = 3e-3
-    """Of Adam, at its peak; see `learning_rate_factor` for the rest."""
+    """Of the rule's optimizers, at its peak; see `learning_rate_factor` for the rest."""
     warmup_ratio: float = 0.05
     max_grad_norm: float = 1.0
-    """Of the dense parameters; rows are not clipped, Adam bounds their steps."""
+    """Of the dense parameters; rows are not clipped: Adam bounds their steps, and SGD of few rows
+    has steps of few numbers.
+    """
     seed: int = 0
     save_steps: int = 50
     """Steps between checkpoints."""
@@ -62,6 +65,7 @@ def inject(
     items: Sequence[Item],
     settings: InjectSettings,
     *,
+    writing: Writing | None = None,
     checkpoint: Path | None = None,
     on_step: Callable[[InjectStep], None] | None = None,
 ) -> None:
@@ -72,6 +76,7 @@ def inject(
         parameters: by name, as they go into a checkpoint.
         items: see `memretrofit.data.lessons.items_of`.
         settings: see `InjectSettings`.
+        writing: what a step may move, opened for these items; None: all of `parameters`, by Adam.
         checkpoint: file that is written every `save_steps` steps and at the end. When it exists,
             training goes on from it, with the same losses as an uninterrupted run.
         on_step: called after each step.
@@ -87,13 +92,9 @@ def inject(
         parameter.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    rows = {name: p for name, p in parameters.items() if name.endswith(".delta")}
-    dense = [p for name, p in parameters.items() if name not in rows]
-    optimizers: list[torch.optim.Optimizer] = []
-    if rows:
-        optimizers.append(torch.optim.SparseAdam(list(rows.values()), settings.learning_rate))
-    if dense:
-        optimizers.append(torch.optim.AdamW(dense, settings.learning_rate, weight_decay=0.0))
+    rule = writing or ReadRows()
+    dense = [p for name, p in parameters.items() if not name.endswith(ROWS)]
+    optimizers = rule.optimizers(parameters, settings.learning_rate)
     start = 0
     if checkpoint is not None and checkpoint.exists():
         start = load_checkpoint(checkpoint, parameters, optimizers, settings)
@@ -110,7 +111,9 @@ def inject(
                 "in float32"
             )
         if loss.requires_grad:  # not where every text of the batch abstains
-            loss.backward()
+            numbers = drawn(len(items), settings.seed, step, settings.batch_size)
+            with rule.moving(model, numbers):
+                loss.backward()
             moved += 1
         if not moved and step - start + 1 == min(pass_over, settings.steps - start):
             raise StateError(

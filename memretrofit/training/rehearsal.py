@@ -10,12 +10,14 @@ from transformers import PreTrainedConfig
 from memretrofit.recipe import Recipe
 from memretrofit.training.base import load_base_config
 from memretrofit.training.rehearsal_of_banks import BankRehearsal
+from memretrofit.training.rehearsal_of_procedures import ProcedureRehearsal
 from memretrofit.training.rehearsal_of_recurrence import RecurrenceRehearsal
 from memretrofit.training.rehearsal_of_rows import RowRehearsal
 from memretrofit.training.small import Rehearsal
 
 REHEARSALS: dict[str, Rehearsal] = {
     "inject": BankRehearsal(),
+    "procedures": ProcedureRehearsal(),
     "recurrence": RecurrenceRehearsal(),
 }
 """By the first stage of a recipe; all others read rows."""

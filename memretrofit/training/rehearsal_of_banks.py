@@ -18,8 +18,14 @@ from memretrofit.modules.bank import MemoryBank
 from memretrofit.modules.row_sources import row_nbytes
 from memretrofit.patching.ffn import bank_of
 from memretrofit.recipe import Recipe
-from memretrofit.retrofit import memory_parameters, patch
-from memretrofit.training.injection import fit_bank, generic_texts, lesson_items
+from memretrofit.retrofit import patch
+from memretrofit.training.injection import (
+    check_injection,
+    fit_bank,
+    generic_texts,
+    lesson_items,
+    opened,
+)
 from memretrofit.training.progress import duration
 from memretrofit.training.run import prepare_folder, run_stages
 from memretrofit.training.small import (
@@ -30,6 +36,7 @@ from memretrofit.training.small import (
     text_lines,
     tiny_model,
 )
+from memretrofit.training.writing import ROWS, writing_of
 
 TEXTS = 16
 PASSES = 3
@@ -45,8 +52,10 @@ class BankRehearsal(Rehearsal):
 
         Raises:
             ConfigError: broken lessons or missing text, or the method does not fit the base.
+            CheckpointError: there is no usable bank to go on with.
             StateError: the lessons read no row of the bank.
         """
+        check_injection(recipe)
         tokenizer = load_tokenizer(
             recipe.base.model, revision=recipe.base.revision, gguf_file=recipe.base.gguf_file
         )
@@ -72,7 +81,9 @@ def _inject_small(
     torch.manual_seed(recipe.train.seed)
     model = tiny_model(config)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    section = replace(recipe.train, inject=replace(recipe.train.inject, steps=STEPS))
+    # a bank that goes on learning would not fit a tiny model
+    inject = replace(recipe.train.inject, steps=STEPS, onto=None, earlier=())
+    section = replace(recipe.train, inject=inject)
     method: Any = recipe.method
     layers = method.layers_to_transform
     if layers is not None:
@@ -81,9 +92,11 @@ def _inject_small(
     small = replace(recipe, train=section, method=method)
     patch(model, small.method)
     few = [Item(item.ids % vocabulary, item.first) for item in items]
-    fit_bank(model, few, [ids % vocabulary for ids in generic], None)
+    ordinary = [ids % vocabulary for ids in generic]
+    fit_bank(model, few, ordinary, None)
+    material = opened(inject, model, few, ordinary)
     prepare_folder(small, output, resume=False)
-    run_stages(small, model, few, output, False, None)
+    run_stages(small, model, material, output, False, None)
     return bank_of(model)
 
 
@@ -92,7 +105,8 @@ def _sizes(
 ) -> list[str]:
     """What the real model and bank would hold, from shapes alone, and how long it takes here."""
     model, total = shapes_of(recipe, config)
-    dense = sum(p.numel() for p in memory_parameters(model).values())
+    trained = writing_of(recipe.train.inject).parameters(model)
+    dense = sum(p.numel() for name, p in trained.items() if not name.endswith(ROWS))
     tables = dict(bank_of(model).each_table())
     numbers = sum(table.rows * row_nbytes(table.source) for table in tables.values())
     opened = {name: table.opened for name, table in small.each_table()}

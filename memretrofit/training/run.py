@@ -18,16 +18,19 @@ from memretrofit.recipe import Recipe
 from memretrofit.retrofit import patch
 from memretrofit.training.base import load_base
 from memretrofit.training.injection import Inject
+from memretrofit.training.procedure_stage import TeachProcedures
 from memretrofit.training.progress import RunLog, StageProgress
 from memretrofit.training.recurrence_stage import Recurrence
 from memretrofit.training.row_stages import Distill, Transfer
 from memretrofit.training.stage import Stage
 
 STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (Transfer, Distill, Inject, Recurrence)
+    stage.name: stage for stage in (Transfer, Distill, Inject, Recurrence, TeachProcedures)
 }
 DRAFT = "recipe.yaml.draft"
-"""The recipe until the base is loaded and the text is found: a start that fails is not a run."""
+"""The recipe until the base is loaded and the text is found: a start that fails is not a run. Who
+made it holds the folder.
+"""
 RECIPE, LOG, PLOT, CHECKPOINTS = "recipe.yaml", "log.jsonl", "loss.png", "checkpoints"
 
 
@@ -45,8 +48,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool =
             CPU, then sizes and an estimate of the time. Nothing is written to `output`.
 
     Raises:
-        ConfigError: `output` holds another run or cannot be written, the text is missing, or there
-            are several processes for a stage that trains in one.
+        ConfigError: `output` holds another run, one that is starting, or cannot be written; the
+            text is missing, or there are several processes for a stage that trains in one.
         StateError: a promised parameter received no gradient, or the loss is not finite.
         CheckpointError: the base cannot be loaded, or a checkpoint is damaged.
     """
@@ -61,11 +64,16 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool =
         prepare_folder(recipe, output, resume)
     state.wait_for_everyone()
     base = recipe.base
-    model, tokenizer = load_base(base.model, base.revision, base.gguf_file, base.dtype)
-    torch.manual_seed(recipe.train.seed)  # initialisation of the memory
-    patch(model, recipe.method)
-    material = stages[0].prepare(model, tokenizer) if stages else None
-    nn.Module.to(model, state.device)
+    try:
+        model, tokenizer = load_base(base.model, base.revision, base.gguf_file, base.dtype)
+        torch.manual_seed(recipe.train.seed)  # initialisation of the memory
+        patch(model, recipe.method)
+        material = stages[0].prepare(model, tokenizer) if stages else None
+        nn.Module.to(model, state.device)
+    except BaseException:
+        if state.is_main_process and not resume:
+            (output / DRAFT).unlink(missing_ok=True)
+        raise
     return run_stages(recipe, model, material, output, resume, tokenizer)
 
 
@@ -73,31 +81,58 @@ def prepare_folder(recipe: Recipe, output: Path, resume: bool) -> None:
     """Make the folder and draft the resolved recipe, or check that it holds this very run.
 
     Raises:
-        ConfigError: it holds another run, or none to resume, or cannot be written.
+        ConfigError: it holds another run, or one that is starting, or none to resume, or cannot be
+            written.
     """
-    path = output / RECIPE
-    if resume and not path.is_file():
-        raise ConfigError(f"--resume: {output} holds no run; leave it out to start one")
-    if not resume and path.exists():
-        raise ConfigError(
-            f"{output} holds a run already; pass --resume to go on, or another --output"
-        )
     if resume:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        now = yaml.safe_load(recipe.to_yaml())
-        # where the result goes and how it is measured do not change what is trained
-        differ = [k for k in ("base", "method", "train", "data") if before.get(k) != now[k]]
-        if differ:
-            raise ConfigError(
-                f"--resume: the recipe differs from {path} in {', '.join(differ)}; "
-                "resume with the recipe of the run, or choose another --output"
-            )
+        _check_same(recipe, output)
         return
+    held = ConfigError(f"{output} holds a run already; pass --resume to go on, or another --output")
+    if (output / RECIPE).exists():
+        raise held
+    _claim(recipe, output)
+    # one that started between the look and the claim has turned its draft into a run
+    if (output / RECIPE).exists():
+        (output / DRAFT).unlink()
+        raise held
+
+
+def _claim(recipe: Recipe, output: Path) -> None:
+    """Write the draft, which one of all that start here can do."""
+    draft = output / DRAFT
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / DRAFT).write_text(recipe.to_yaml(), encoding="utf-8")
+        descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except OSError as error:
+        if draft.exists():
+            raise ConfigError(
+                f"{output}: another run is starting here. Choose another --output; or, if that "
+                f"one died before its first step, delete {draft} and start again."
+            ) from None
         raise ConfigError(f"output {output} cannot be written: {error}") from error
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(recipe.to_yaml())
+    except OSError as error:
+        draft.unlink()
+        raise ConfigError(f"output {output} cannot be written: {error}") from error
+
+
+def _check_same(recipe: Recipe, output: Path) -> None:
+    """Refuse to resume what is no run, or another one."""
+    path = output / RECIPE
+    if not path.is_file():
+        raise ConfigError(f"--resume: {output} holds no run; leave it out to start one")
+    # through the schema of today: a field that the run did not know yet has its default
+    before = Recipe.from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))).to_dict()
+    now = recipe.to_dict()
+    # where the result goes and how it is measured do not change what is trained
+    differ = [k for k in ("base", "method", "train", "data") if before[k] != now[k]]
+    if differ:
+        raise ConfigError(
+            f"--resume: the recipe differs from {path} in {', '.join(differ)}; "
+            "resume with the recipe of the run, or choose another --output"
+        )
 
 
 def stages_of(recipe: Recipe, processes: int = 1) -> list[Stage]:

@@ -31,7 +31,7 @@ def trainable_parameters(
     lora_rank: int = 8,
     lora_alpha: float = 16.0,
 ) -> tuple[Any, Parameters]:
-    """Freeze all but what trains.
+    """Freeze all but what trains: the memory, without what of it is closed.
 
     `memory+lora` adds PEFT adapters to the `projections` of attention (q, k, v and o, whatever the
     architecture calls them), never to the memory. PEFT freezes what it does
@@ -43,14 +43,23 @@ def trainable_parameters(
 
     Raises:
         StateError: the model is not patched.
-        ConfigError: the method has no parameters, or `trainable` is unknown.
+        ConfigError: the method has no parameters, or none that may train now (no procedure is open,
+            see `open_procedures`), or `trainable` is unknown.
     """
     if trainable not in ("memory", "memory+lora"):
         raise ConfigError(f"trainable={trainable!r}: expected memory or memory+lora")
-    memory = memory_parameters(model)
+    memory, ledger = memory_parameters(model), ledger_of(model)
     if not memory:
-        method = ledger_of(model).config.method
-        raise ConfigError(f"the method {method} has no parameters, so there is nothing to train")
+        raise ConfigError(
+            f"the method {ledger.config.method} has no parameters, so there is nothing to train"
+        )
+    closed = {id(parameter) for parameter in ledger.closed()}
+    memory = {name: p for name, p in memory.items() if id(p) not in closed}
+    if not memory:
+        raise ConfigError(
+            f"all {len(closed)} parameters of the method {ledger.config.method} are closed; open "
+            "what is to be learned first (memretrofit.patching.vocabulary.open_procedures)"
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     wrapped, promised = model, dict(memory)

@@ -98,7 +98,10 @@ def test_a_row_that_has_written_nothing_keeps_its_bits(dtype):
     columns = Columns(state={}, segments=rows.long(), real=None, openings=(), closings=())
     torch.nn.init.normal_(layer.value.weight)
     empty = layer.begin(2, hidden.device)
-    assert layer.read(hidden, empty, columns) is hidden
+    assert layer.read(hidden, empty, replace(columns, written=False)) is hidden
+    unread = layer.read(hidden, empty, columns)
+    assert torch.equal(unread, hidden)
+    assert torch.equal(unread.signbit(), hidden.signbit())
     full = layer.write(hidden, hidden, empty, Part(0, 2, 5, rows))
     state = {name: torch.stack([x[0], empty[name][1]]) for name, x in full.items()}
     found = layer.read(hidden, state, columns)

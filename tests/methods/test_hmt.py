@@ -135,6 +135,16 @@ def test_recall_without_a_query_is_the_mean() -> None:
 
 
 @torch.no_grad()
+def test_recall_is_not_halved_by_autocast() -> None:
+    """Its queue is single in any model. Witness: a product that autocast does halve."""
+    recall, queue, query = QueueRecall(4, 3), torch.randn(2, 5, 4), torch.randn(2, 4)
+    expected, product = recall(query, queue, torch.ones(2, 5)), query @ query.mT
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(recall(query, queue, torch.ones(2, 5)), expected)
+        assert apart((query @ query.mT).float(), product) > REORDERED
+
+
+@torch.no_grad()
 def test_recall_of_two() -> None:
     """Scores ln 3 and 0: weights 3/4 and 1/4."""
     recall = QueueRecall(2, 2)

@@ -134,5 +134,5 @@ def test_presets_have_the_published_sizes():
 
 def test_a_segment_too_short_to_write_is_refused():
     """By the config, before any model."""
-    with pytest.raises(ConfigError, match="num_memory_tokens=9: a segment has 8 tokens"):
+    with pytest.raises(ConfigError, match="num_memory_tokens=9: more than the 8 tokens"):
         replace(CONFIG, num_memory_tokens=9)

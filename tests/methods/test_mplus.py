@@ -147,7 +147,7 @@ def test_the_preset_has_the_published_sizes():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_memory_tokens": 9}, "a segment has 8 tokens to keep"),
+        ({"num_memory_tokens": 9}, "more than the 8 tokens of a segment"),
         ({"query_length": 8}, "no token of a segment of 8 follows it"),
         ({"top_k": 8}, "the store has 7 rows"),
     ],

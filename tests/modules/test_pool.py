@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from memretrofit.modules.long_term import LayerLongTerm
-from memretrofit.modules.pool import LayerPool, dropped_places
+from memretrofit.modules.pool import LayerPool, PoolSizes, dropped_places
 from memretrofit.modules.segment_memory import Columns, Part
 
-SIZES = {"spans": (4,), "hidden_size": 2, "stored": "input", "seed": 0}
+SIZES = {"hidden_size": 2, "dtype": torch.float32, "stored": "input", "seed": 0}
 STORED = {"top_k": 2, "long_term_size": 4, "key_dim": 2, "activation": torch.nn.SiLU()}
+
+
+def pool(block, blocks, **changes):
+    """K = `block` rows of each write, N = `block` * `blocks`."""
+    sizes = PoolSizes(spans=(4,), num_memory_tokens=block, num_blocks=blocks)
+    return LayerPool(sizes, **SIZES | changes)
 
 
 def rows(*names):
@@ -18,9 +24,9 @@ def rows(*names):
     return torch.tensor([[[float(name), 1.0] for name in names]])
 
 
-def names(pool):
+def names(held):
     """Of each row of the batch."""
-    return [[int(x[0]) for x in row] for row in pool]
+    return [[int(x[0]) for x in row] for row in held]
 
 
 def closing(count, columns):
@@ -69,7 +75,7 @@ def test_survival_is_geometric():
     """(1 - K/N)^t of the rows of one write are left after t, within 3 standard deviations over
     400 conversations, of which each drops others. Witness: one write more or less."""
     runs, block, blocks = 400, 4, 5
-    part = LayerPool(num_memory_tokens=block, num_blocks=blocks, **SIZES)
+    part = pool(block, blocks)
     size = block * blocks
     state = part.begin(runs, torch.device("cpu"))
     state["pool"] = torch.arange(size).float()[None, :, None].repeat(runs, 1, 2)
@@ -88,7 +94,7 @@ def test_survival_is_geometric():
 
 def test_two_writes_by_hand():
     """The first fills the pool with copies, the second appends; what stays keeps its order."""
-    part = LayerPool(num_memory_tokens=2, num_blocks=2, **SIZES)
+    part = pool(2, 2)
     state = written(part, part.begin(1, torch.device("cpu")), rows(8, 9, 1, 2))
     assert names(state["pool"]) == [[1, 2, 1, 2]]
     assert state["writes"].tolist() == [1]
@@ -102,7 +108,7 @@ def test_two_writes_by_hand():
 
 def test_rows_of_a_batch_are_at_their_own_writes():
     """One row has written nothing, its neighbour once: each is as it would be alone."""
-    part = LayerPool(num_memory_tokens=2, num_blocks=3, **SIZES)
+    part = pool(2, 3)
     fresh = part.begin(1, torch.device("cpu"))
     once = written(part, fresh, rows(1, 2))
     both = {name: torch.cat([fresh[name], once[name]]) for name in fresh}
@@ -113,7 +119,7 @@ def test_rows_of_a_batch_are_at_their_own_writes():
 
 def test_what_a_layer_gave_out_is_stored_where_that_is_asked():
     """And nothing where another span closes."""
-    part = LayerPool(num_memory_tokens=2, num_blocks=1, **SIZES | {"stored": "output"})
+    part = pool(2, 1, stored="output")
     state = part.begin(1, torch.device("cpu"))
     assert names(written(part, state, rows(1, 2, 3))["pool"]) == [[102, 103]]
     inputs = rows(1, 2, 3)
@@ -122,7 +128,7 @@ def test_what_a_layer_gave_out_is_stored_where_that_is_asked():
 
 def test_rows_stand_in_the_columns_that_wait_for_them():
     """Behind the sink, in front of the tokens; of the pool's last K where a segment is written."""
-    part = LayerPool(num_memory_tokens=2, num_blocks=2, **SIZES)
+    part = pool(2, 2)
     with torch.no_grad():
         part.move_sink.vector.fill_(10)
         part.mark_written.vector.fill_(1000)
@@ -141,39 +147,83 @@ def test_rows_stand_in_the_columns_that_wait_for_them():
     assert read(1, 61, 62, 63, 64) == [61, 62, 1063, 1064]  # an empty pool
 
 
-def long_term(**sizes):
+def long_term(**changes):
+    sizes = PoolSizes(spans=(4,), num_memory_tokens=2, num_blocks=2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return LayerLongTerm(num_memory_tokens=2, num_blocks=2, **SIZES, **STORED | sizes)
+        return LayerLongTerm(sizes, **SIZES | STORED | changes)
+
+
+def with_store(part, held, born):
+    """A state whose store holds the rows [1, C, 2] at places 0, 1, ..., with these births."""
+    state = part.begin(1, torch.device("cpu"))
+    state |= {name: held[:, begin:end] for name, (begin, end) in part.parts.items()}
+    return state | {"store_born": torch.tensor([born])}
 
 
 def test_what_is_dropped_goes_to_the_store_by_hand():
-    """K = 2, N = 4, C = 4. Copies are lost; the row that came first leaves a full store; ages are
-    in tokens, 0 the last that was written."""
+    """K = 2, N = 4, C = 4. Copies are lost; the row that came first leaves a full store; born is
+    how many rows were written before."""
     part = long_term()
     state = written(part, part.begin(1, torch.device("cpu")), rows(1, 2))
     assert names(state["pool"]) == [[1, 2, 1, 2]]
-    assert state["age"].tolist() == [[-1, -1, 1, 0]]
-    assert state["store_age"].tolist() == [[-1, -1, -1, -1]]
+    assert state["born"].tolist() == [[-1, -1, 0, 1]]
+    assert state["store_born"].tolist() == [[-1, -1, -1, -1]]
 
     def after(state, new, leave):
         stay = [n for n in range(4) if n not in leave]
-        return part.replaced(rows(*new), state, torch.tensor([stay]), torch.tensor([leave]))
+        found = part.replaced(rows(*new), state, torch.tensor([stay]), torch.tensor([leave]))
+        return state | found
 
     state = after(state, (3, 4), [1, 2])  # a copy of 2, and 1
     assert names(state["pool"]) == [[1, 2, 3, 4]]
-    assert state["age"].tolist() == [[-1, 2, 1, 0]]
-    assert names(state["store"])[0][3:] == [1]
-    assert state["store_age"].tolist() == [[-1, -1, -1, 3]]
+    assert state["born"].tolist() == [[-1, 1, 2, 3]]
+    assert names(part.store(state))[0][:1] == [1]
+    assert state["store_born"].tolist() == [[0, -1, -1, -1]]
     state = after(state, (5, 6), [1, 3])  # 2 and 4
     assert names(state["pool"]) == [[1, 3, 5, 6]]
-    assert state["age"].tolist() == [[-1, 3, 1, 0]]
-    assert names(state["store"])[0][1:] == [1, 2, 4]
-    assert state["store_age"].tolist() == [[-1, 5, 4, 2]]
+    assert state["born"].tolist() == [[-1, 2, 4, 5]]
+    assert names(part.store(state))[0][:3] == [1, 2, 4]
+    assert state["store_born"].tolist() == [[0, 1, 3, -1]]
     state = after(state, (7, 8), [1, 2])  # 3 and 5: five rows for four places
-    assert names(state["store"]) == [[2, 4, 3, 5]]
-    assert state["store_age"].tolist() == [[6, 4, 5, 3]]
-    assert torch.allclose(state["store_key"], part.key_map(state["store"]))
+    assert names(part.store(state)) == [[5, 2, 4, 3]]
+    assert state["store_born"].tolist() == [[4, 1, 3, 2]]
+    assert state["stored"].tolist() == [5]
+    assert torch.allclose(state["store_key"], part.key_map(part.store(state)))
+
+
+def test_a_store_smaller_than_a_write_keeps_the_last_row():
+    part = long_term(top_k=1, long_term_size=1)
+    state = written(part, part.begin(1, torch.device("cpu")), rows(1, 2))
+    two = torch.tensor([[0, 1]]), torch.tensor([[2, 3]])
+    state = state | part.replaced(rows(3, 4), state, *two)
+    assert names(part.store(state)) == [[2]]
+    assert state["stored"].tolist() == [2]
+
+
+def test_a_write_shares_what_it_does_not_touch():
+    """Of a store in sixteen parts, one write of two rows makes one anew, and the state before it
+    is still what it was."""
+    part = long_term(long_term_size=64)
+    state = written(part, part.begin(1, torch.device("cpu")), rows(1, 2))
+    before = {name: x.clone() for name, x in state.items()}
+    two = torch.tensor([[0, 1]]), torch.tensor([[2, 3]])
+    found = state | part.replaced(rows(3, 4), state, *two)
+    same = [name for name in part.parts if found[name] is state[name]]
+    assert len(part.parts) == 16
+    assert same == list(part.parts)[1:]
+    assert all(torch.equal(x, before[name]) for name, x in state.items())
+    assert names(part.store(found))[0][:2] == [1, 2]
+
+
+def test_rows_have_the_type_of_the_model():
+    """A copy of a hidden state loses nothing in it; what is computed of it is single."""
+    part = long_term(dtype=torch.bfloat16)
+    state = written(part, part.begin(1, torch.device("cpu")), rows(1, 2).bfloat16())
+    kinds = {name: x.dtype for name, x in state.items()}
+    assert {kinds[name] for name in ("pool", *part.parts)} == {torch.bfloat16}
+    assert kinds["store_key"] is torch.float32
+    assert {kinds[x] for x in ("writes", "born", "stored", "store_born")} == {torch.int64}
 
 
 def test_the_best_rows_are_recalled_oldest_first():
@@ -182,15 +232,13 @@ def test_the_best_rows_are_recalled_oldest_first():
     part = long_term()
     with torch.no_grad():
         found = part.query_map(rows(5))[0, 0]
-    state = part.begin(1, torch.device("cpu"))
-    state["store"] = rows(1, 2, 3, 4)
+    state = with_store(part, rows(1, 2, 3, 4), [1, 3, 2, 0])
     state["store_key"] = torch.stack([found, -found, 3 * found, 2 * found])[None]
-    state["store_age"] = torch.tensor([[6.0, 4, 5, 7]])
     assert names(part.recalled(rows(5), state)) == [[4, 3]]
     scores = part.scores(rows(5, 5), state)[0]
     expected = (torch.tensor([1, -1, 3, 2]) * (found @ found)).sigmoid()
     assert torch.allclose(scores, expected)
-    state["store_age"] = torch.tensor([[-1.0, 4, -1, -1]])
+    state["store_born"] = torch.tensor([[-1, 3, -1, -1]])
     assert names(part.recalled(rows(5), state))[0][1] == 2
 
 
@@ -198,12 +246,11 @@ def test_a_score_takes_the_gradient_of_its_row_against_the_mean():
     """Rows 1 to 4 of mean 2.5, beside a place that holds no row: a loss that falls as a recalled
     row grows raises the score of 4 and lowers that of 1. The values stay those of the rows."""
     part = long_term(top_k=4, long_term_size=5)
-    state = part.begin(1, torch.device("cpu"))
-    state["store"], state["store_age"] = rows(99, 4, 3, 2, 1), torch.tensor([[-1.0, 8, 6, 4, 2]])
+    state = with_store(part, rows(99, 4, 3, 2, 1), [-1, 1, 2, 3, 4])
     state["store_key"] = keys = torch.full((1, 5, 2), 0.1, requires_grad=True)
     query = part.query_map(rows(5))[0, 0].detach()
     found = part.recalled(rows(5), state)
-    assert torch.equal(found, state["store"][:, 1:])
+    assert torch.equal(found, part.store(state)[:, 1:])
     (slope,) = torch.autograd.grad(-found[..., 0].sum(), keys)
     score = (query.sum() * 0.1).sigmoid()
     expected = torch.tensor([0, -1.5, -0.5, 0.5, 1.5])[:, None] * score * (1 - score) * query

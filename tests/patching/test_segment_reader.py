@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from contract.families import POSITIONS, VOCABULARY, build, tokens
+from contract.families import FAMILIES, POSITIONS, VOCABULARY, build, tokens
 from contract.runs import apart, left_padded
 from tolerances import REORDERED, WRONG
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import (
+    DynamicCache,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from memretrofit import patch
 from memretrofit.errors import ConfigError, StateError, UnsupportedModelError
 from memretrofit.methods.armt import ARMTConfig
+from memretrofit.methods.memoryllm_pool import MemoryLLMPoolConfig
+from memretrofit.methods.mplus import MPlusConfig
 from memretrofit.methods.rmt import RMTConfig
 
 RMT = RMTConfig(segment_length=8, num_memory_tokens=2)
 ARMT = ARMTConfig(segment_length=8, num_memory_tokens=2, memory_dim=8)
+POOL = MemoryLLMPoolConfig(segment_length=8, num_memory_tokens=2, num_blocks=2)
+MPLUS = MPlusConfig(
+    segment_length=8, query_length=2, num_memory_tokens=2, num_blocks=2, top_k=2, long_term_size=3
+)
 
 
-def sliding():
+def sliding(method=RMT, window=16):
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=VOCABULARY,
@@ -27,9 +42,9 @@ def sliding():
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        sliding_window=16,
+        sliding_window=window,
     )
-    return patch(MistralForCausalLM(config).eval(), RMT)
+    return patch(MistralForCausalLM(config).eval(), method)
 
 
 def test_a_text_that_begins_at_a_border_is_packed_too():
@@ -107,3 +122,72 @@ def test_a_session_can_be_cut_off_its_graph():
     session.detach()
     assert not any(x.requires_grad for x in session.state.values())
     model(tokens(1, 8, seed=3), past_key_values=cache).logits.sum().backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [ARMT, RMT, POOL], ids=lambda x: x.method)
+def test_reading_on_waits_for_no_device(config, monkeypatch):
+    """What is read, and by whom, is decided on the CPU: a model without numbers reads token by
+    token over the borders of three segments. Witness: to ask such a device for a number fails."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # it knows no meta device
+    with torch.device("meta"):
+        model = LlamaForCausalLM(FAMILIES["llama"](2)).eval()
+    patch(model, config)
+    cache, ids = DynamicCache(), torch.zeros(2, 1, dtype=torch.long, device="meta")
+    for _ in range(20):
+        output = model(ids, past_key_values=cache)
+    assert output.logits.is_meta
+    assert cache.layers[0].counts.tolist() == [20, 20]
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(output.logits.any())
+
+
+@torch.no_grad()
+def test_a_token_is_kept_without_copying_those_before_it():
+    """A pool reads its segment again. Witness: asked for all at once, they are one tensor."""
+    model, cache, ids = patch(build("llama"), POOL), DynamicCache(), tokens(2, 13)
+    model(ids[:, :11], past_key_values=cache)
+    session = cache.layers[0]
+    before = session.pieces
+    for place in (11, 12):
+        model(ids[:, place : place + 1], past_key_values=cache)
+    assert len(session.pieces) == len(before) + 2
+    assert all(a is b for a, b in zip(session.pieces, before, strict=False))
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.equal(session.embeds, embedded[:, -session.embeds.shape[1] :])
+    assert len(session.pieces) == 1
+
+
+def test_a_pool_behind_a_short_window_recalls_nothing():
+    """A sliding layer whose window ends inside the pool has no store, the layers around it have;
+    where all are such layers, it is refused."""
+    model = patch(build("gemma3"), replace(MPLUS, num_blocks=3))
+    cache = DynamicCache()
+    model(tokens(1, 8), past_key_values=cache)
+    stores = {name for name in cache.layers[0].state if name.endswith("store_key")}
+    assert stores == {"0.store_key", "2.store_key"}
+    assert {"0.pool", "1.pool", "2.pool"} <= set(cache.layers[0].state)
+    with pytest.raises(UnsupportedModelError, match=r"at most 5 columns.*memoryllm_pool"):
+        sliding(MPLUS, window=5)
+    sliding(MPLUS, window=6)
+
+
+def test_layers_with_inputs_of_their_own_are_refused():
+    """They are made from ids, which memory tokens do not have."""
+    config = Gemma3nTextConfig(
+        vocab_size=VOCABULARY,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=[48, 48],
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_kv_shared_layers=0,
+        laurel_rank=4,
+        layer_types=["full_attention", "full_attention"],
+        activation_sparsity_pattern=[0.0, 0.0],
+    )
+    with pytest.raises(UnsupportedModelError, match="inputs of each layer from token ids"):
+        patch(Gemma3nForCausalLM(config).eval(), ARMT)

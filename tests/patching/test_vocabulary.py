@@ -268,6 +268,36 @@ def test_renormalising_moves_what_trains(kind):
     assert moved == [f"model.embed_tokens.memory.{name}.2"]
 
 
+@torch.no_grad()
+@every_config
+def test_open_rows_are_put_together_once(kind):
+    """And anew when one of them changed, in place or by other data, when more are open, and when
+    others were loaded."""
+    model = patched(kind=kind, opened=2)
+    memory = vocabulary_ledger_of(model).memory
+
+    def current():
+        table = memory.rows if memory.output_rows is None else memory.output_rows
+        return torch.stack(list(memory.rows)[: memory.count]), torch.stack(
+            list(table)[: memory.count]
+        )
+
+    assert memory()[1] is memory()[1]
+    last = list(memory.parameters())[-4]
+    last.add_(1.0)
+    assert torch.equal(memory()[1], current()[1])
+    last.data = last.data + 1.0
+    assert torch.equal(memory()[1], current()[1])
+    values = {name: x + 1 for name, x in memory.state_dict().items()}
+    memory.load_state_dict(values)
+    assert memory.count == 3
+    assert torch.equal(memory()[0], current()[0])
+    open_procedures(model, 4)
+    assert [len(x) for x in memory()] == [4, 4]
+    with torch.enable_grad():
+        assert memory()[0].requires_grad
+
+
 def test_a_copy_is_a_model_of_its_own():
     ids = mixed(1)
     model = emitting(ids)

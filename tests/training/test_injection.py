@@ -26,6 +26,7 @@ from memretrofit.retrofit import memory_parameters, patch, unpatch
 from memretrofit.training import train
 from memretrofit.training.inject import InjectSettings, inject
 from memretrofit.training.injection import fit_bank
+from memretrofit.training.writing import ReadRows
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,9 @@ def opened():
     model = patch(base(), HierarchicalFFNConfig(branching=(2,), block_sizes=(4,)))
     items = [Item(torch.arange(n, n + 9), 5) for n in (1, 31)]
     generator = torch.Generator().manual_seed(0)
-    fit_bank(model, items, list(torch.randint(45, 60, (4, 64), generator=generator)), None)
+    generic = list(torch.randint(45, 60, (4, 64), generator=generator))
+    fit_bank(model, items, generic, None)
+    ReadRows().open(model, items, generic)
     return model, items
 
 

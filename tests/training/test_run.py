@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -18,10 +23,11 @@ from transformers import LlamaConfig, Qwen3Config
 
 from memretrofit.errors import CheckpointError, ConfigError
 from memretrofit.hub import from_pretrained
-from memretrofit.recipe import load_recipe
+from memretrofit.recipe import Recipe, load_recipe
 from memretrofit.retrofit import memory_parameters
 from memretrofit.training import load_base, train
 from memretrofit.training.rehearsal import rehearse, run_small
+from memretrofit.training.run import DRAFT, prepare_folder
 from memretrofit.training.small import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +141,59 @@ def test_a_folder_belongs_to_one_run(folder, whole, tmp_path):
         train(recipe(folder), tmp_path / "file" / "run")
 
 
+def test_of_runs_that_start_at_once_one_gets_the_folder(folder, tmp_path):
+    """Also where one has finished its start between the look of the other and its claim."""
+    told = f"holds a run already|another run is starting here.*delete .*{DRAFT}"
+    for number in range(20):
+        output, started = tmp_path / str(number), Barrier(4)
+
+        def start(number: int, output=output, started=started) -> str:
+            started.wait()
+            try:
+                prepare_folder(recipe(folder), output, resume=False)
+            except ConfigError as error:
+                return str(error)
+            if number % 2:
+                os.replace(output / DRAFT, output / "recipe.yaml")
+            return ""
+
+        with ThreadPoolExecutor(4) as pool:
+            outcomes = list(pool.map(start, range(4)))
+        assert outcomes.count("") == 1
+        assert all(re.search(told, outcome) for outcome in outcomes if outcome)
+        left = {path.name for path in output.iterdir()}
+        assert left in ({DRAFT}, {"recipe.yaml"})
+
+
+def test_a_start_that_failed_can_be_made_again(folder, tmp_path):
+    values = recipe(folder, stages=["distill"], max_steps=1).to_dict()
+    values["data"]["sources"] = [str(tmp_path / "text")]
+    with pytest.raises(ConfigError, match="text"):
+        train(Recipe.from_dict(values), tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+    (tmp_path / "text").symlink_to(folder / "text")
+    train(Recipe.from_dict(values), tmp_path / "run")
+    assert not (tmp_path / "run" / DRAFT).exists()
+
+
+def test_a_start_that_died_says_what_to_delete(folder, tmp_path):
+    (tmp_path / DRAFT).write_text("")
+    with pytest.raises(ConfigError, match=f"delete .*{DRAFT} and start again"):
+        train(recipe(folder), tmp_path)
+    assert (tmp_path / DRAFT).exists()
+
+
+def test_a_run_of_an_earlier_release_goes_on(folder, whole, tmp_path):
+    """Its recipe lacks a field that has come since, and means the default."""
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "recipe.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["train"]["inject"]["rows"]
+    path.write_text(yaml.safe_dump(values))
+    train(recipe(folder), tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == losses(whole)
+
+
 def test_a_dry_run_tells_sizes_and_writes_nothing(folder, tmp_path, capsys):
     output = tmp_path / "none"
     assert train(recipe(folder), output, dry_run=True) == output
@@ -147,8 +206,6 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(folder, tmp_path, capsys):
 def test_a_dry_run_names_text_that_is_missing(folder, tmp_path):
     values = recipe(folder).to_dict()
     values["data"]["sources"] = [str(tmp_path / "absent")]
-    from memretrofit.recipe import Recipe
-
     with (tmp_path / "told").open("w") as file:
         rehearse(Recipe.from_dict(values), Console(file=file))
     assert "MISSING" in (tmp_path / "told").read_text()

@@ -12,6 +12,8 @@ from memretrofit import AHNConfig, LoLCATsConfig, WindowSinksConfig
 from memretrofit.errors import CheckpointError, ConfigError, StateError
 from memretrofit.methods.armt import ARMTConfig
 from memretrofit.methods.rmt import RMTConfig
+from memretrofit.methods.tokmem import TokMemConfig
+from memretrofit.patching.vocabulary import open_procedures, vocabulary_ledger_of
 from memretrofit.retrofit import memory_parameters
 from memretrofit.training import (
     GradientWatch,
@@ -60,7 +62,24 @@ def test_lora_reaches_every_projection_and_never_the_memory(method):
     assert learning == {id(p) for p in promised.values()}
 
 
+def test_only_the_newest_procedures_train():
+    """Rows that wait and rows that were learned keep their bits, however often this is asked, and
+    inside an adapter, which freezes them all. Witness: the rows that are open."""
+    model = patched(TokMemConfig(num_procedures=5))
+    open_procedures(model, 2)
+    open_procedures(model, 3)
+    for mode in ("memory", "memory", "memory+lora", "memory+lora"):
+        model, promised = trainable_parameters(model, mode, lora_rank=2)
+        rows = vocabulary_ledger_of(model).memory.rows
+        assert [row.requires_grad for row in rows] == [False, False, True, False, False]
+        assert [name for name in promised if ".rows." in name] == [
+            "model.embed_tokens.memory.rows.2"
+        ]
+
+
 def test_what_cannot_train():
+    with pytest.raises(ConfigError, match="all 5 parameters of the method tokmem are closed"):
+        trainable_parameters(patched(TokMemConfig(num_procedures=5)))
     with pytest.raises(ConfigError, match="window_sinks has no parameters"):
         trainable_parameters(patched(WindowSinksConfig(sliding_window=16)))
     with pytest.raises(ConfigError, match=r"expected memory or memory\+lora"):

@@ -152,6 +152,36 @@ def injection(folder: Path, **inject: object) -> Recipe:
     return Recipe.from_dict(values)
 
 
+SLOTS = {
+    "name": "memory_plus",
+    "num_slots": 900,
+    "num_heads": 2,
+    "key_dim": 16,
+    "top_k": 4,
+    "starts_at_zero": "rows",
+    "layers_to_transform": [0, 1],
+}
+
+
+def sparse_writing(folder: Path, *, method: dict[str, object] = SLOTS, **inject: object) -> Recipe:
+    """The same by sparse memory finetuning."""
+    own = {"rows": "own", "top_t": 40, "sgd_learning_rate": 300.0}
+    values = injection(folder, **(own | inject)).to_dict()
+    return Recipe.from_dict(values | {"method": method})
+
+
+def procedures(
+    folder: Path, *, rows: int = 4, method: dict[str, object] | None = None, **own: object
+) -> Recipe:
+    """A recipe that teaches the examples in a file `procedures.jsonl`."""
+    values = recipe(folder).to_dict()
+    values["method"] = method or {"name": "tokmem", "num_procedures": rows}
+    values["train"] |= {"stages": ["procedures"], "save_steps": 4}
+    values["train"]["procedures"] = {"steps": 6, "batch_size": 6} | own
+    values["data"] |= {"procedures": str(folder / "procedures.jsonl"), "held_out": 0.2}
+    return Recipe.from_dict(values)
+
+
 def losses(output: Path) -> list[tuple[str, int, float]]:
     lines = (output / "log.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -180,6 +210,16 @@ def inject_until_killed(folder: str, step: str) -> None:
     train(injection(Path(folder)), Path(folder) / "killed")
 
 
+def write_until_killed(folder: str, step: str) -> None:
+    die_after("inject", int(step))
+    train(sparse_writing(Path(folder), steps=100), Path(folder) / "killed")
+
+
+def teach_until_killed(folder: str, step: str) -> None:
+    die_after("procedures", int(step))
+    train(procedures(Path(folder)), Path(folder) / "killed")
+
+
 def run_in_processes(folder: str) -> None:
     """Both stages, where some windows are longer than the rows; each process writes what it has."""
     from accelerate import PartialState
@@ -204,5 +244,7 @@ if __name__ == "__main__":
     {
         "killed": run_until_killed,
         "injection": inject_until_killed,
+        "writing": write_until_killed,
+        "procedures": teach_until_killed,
         "processes": run_in_processes,
     }[sys.argv[1]](*sys.argv[2:])

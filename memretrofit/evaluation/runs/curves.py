@@ -39,8 +39,8 @@ def curve_tables(run: TaskRun) -> list[Table]:
 
 
 def _table(run: TaskRun, score: Score) -> Table | None:
-    segment, trained = run.settings.get("segment_length"), run.settings.get("trained_tokens")
-    columns = ["task", "length", *(["segments"] if segment else [])]
+    segment, trained = run.settings.get("segment_length", 1), run.settings.get("trained_tokens")
+    columns = ["task", "length", "segments"]
     columns += ["of trained length"] if trained else []
     columns += ["lost since trained length"] if trained else []
     rows = []
@@ -48,8 +48,7 @@ def _table(run: TaskRun, score: Score) -> Table | None:
         lines = lines_of(run, task, lengths, score)
         start = _at_most(lines.get("trained", {}), trained)
         for length in lengths:
-            row = [task, short_tokens(length)]
-            row += [f"{-(-length // segment)}"] if segment else []
+            row = [task, short_tokens(length), f"{-(-length // segment)}"]
             row += [f"{length / trained:.3g}"] if trained else []
             if trained:
                 here = lines.get("trained", {}).get(length)
@@ -64,9 +63,7 @@ def _table(run: TaskRun, score: Score) -> Table | None:
     return Table(
         f"Along the length, by {score}",
         "Mean of an arm and its interval. Segments and multiples are those of the whole text, "
-        "question and answer included."
-        if segment or trained
-        else "Mean of an arm and its interval.",
+        "question and answer included.",
         [*columns, *map(short_name, run.shown)],
         rows,
     )
