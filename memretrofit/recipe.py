@@ -97,8 +97,10 @@ class InjectSection(Checked):
     """
     top_t: Count = 500
     """Own rows of a text in each table, at most."""
-    sgd_learning_rate: Positive = 100.0
-    """Of own rows, at its peak: SGD's, which no second moment scales."""
+    sgd_learning_rate: Positive = 1e4
+    """Of own rows, at its peak. SGD takes gradients as they come, and those of rows are small: of
+    `memory_plus`, whose gate makes them smaller, it wants some fifty times as much.
+    """
     onto: str | None = None
     """Folder of a saved bank, of this base and method, that goes on learning; None starts one."""
     later: tuple[str, ...] = ()

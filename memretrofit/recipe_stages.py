@@ -30,7 +30,7 @@ class RecurrenceSection(Checked):
     prose of `data.sources`; the last segment ends with a question.
     """
     facts: Count = 2
-    """Of a segment, in `recall` and `dialogue`; one of them all is asked for."""
+    """Of a text in `recall`, of each session in `dialogue`; one of them all is asked for."""
     steps: Count = 600
     batch_size: Count = 8
     """Texts of one step."""

@@ -1,5 +1,8 @@
 """Facts in some segments, and a question in the last: what only a memory between them can answer.
 
+However many segments, there are as many facts: most segments say nothing, and a memory must keep
+what it has. Each fact falls into any segment before the last.
+
 ::
 
     segment 1 .. S-1   " The room was quiet. Anna likes rice. A dog barked outside. The"
@@ -15,7 +18,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from memretrofit.data.recall import FILLER, NAMES, OBJECTS, draw_facts
+from memretrofit.data.recall import FILLER, draw_facts
 from memretrofit.data.segment_texts import Ids, SegmentTexts, Told
 
 
@@ -23,7 +26,7 @@ class RecallItems(SegmentTexts):
     """See the module.
 
     Args:
-        facts: how many a segment has, as far as there are names and objects.
+        facts: how many a text has.
     """
 
     def __init__(self, tokenizer: Any, segment_length: int, facts: int = 1) -> None:
@@ -33,13 +36,10 @@ class RecallItems(SegmentTexts):
 
     def tell(self, segments: int, draw: random.Random, held_out: bool) -> Told:
         """See `SegmentTexts`."""
-        places = list(range(max(1, segments - 1))) * self.facts
-        count = min(len(places), len(NAMES), len(OBJECTS))
-        asked, *others = draw_facts(count, draw, held_out)
+        asked, *others = draw_facts(self.facts, draw, held_out)
         told: list[list[Ids]] = [[] for _ in range(segments)]
-        facts = draw.sample([asked, *others], count)
-        for fact, place in zip(facts, sorted(draw.sample(places, count)), strict=True):
-            told[place].append(self.ids(fact.text))
+        for fact in draw.sample([asked, *others], self.facts):
+            told[draw.randrange(max(1, segments - 1))].append(self.ids(fact.text))
         return Told(
             told, self.ids(asked.question), self.ids(f" {asked.answer}"), self._filler(draw)
         )

@@ -102,13 +102,16 @@ def _claim(recipe: Recipe, output: Path) -> None:
     draft = output / DRAFT
     try:
         output.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except OSError as error:
-        if draft.exists():
-            raise ConfigError(
-                f"{output}: another run is starting here. Choose another --output; or, if that "
-                f"one died before its first step, delete {draft} and start again."
-            ) from None
+        raise ConfigError(f"output {output} cannot be written: {error}") from error
+    try:
+        descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except FileExistsError:  # whether or not it still does: the other may have begun by now
+        raise ConfigError(
+            f"{output}: another run is starting here. Choose another --output; or, if that "
+            f"one died before its first step, delete {draft} and start again."
+        ) from None
+    except OSError as error:
         raise ConfigError(f"output {output} cannot be written: {error}") from error
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

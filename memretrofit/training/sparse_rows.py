@@ -20,6 +20,8 @@ more of what is to be written::
         with only_these_rows(model, rows):
             loss(batch).backward()
         optimizer.step()
+
+A recipe does the same with `train.inject.rows=own` (`memretrofit.training.writing`).
 """
 
 from __future__ import annotations
