@@ -73,6 +73,16 @@ class Item:
     """The first token that is learned, at least 1."""
 
 
+def mean_tokens(items: Sequence[Item]) -> float:
+    """Of one text."""
+    return sum(len(item.ids) for item in items) / len(items)
+
+
+def named_texts(items: Sequence[Item]) -> list[tuple[str, Tensor]]:
+    """What tells these items from others, as `tensors_sha256` takes it."""
+    return [(str(item.first), item.ids) for item in items]
+
+
 def read_lessons(path: Path) -> tuple[Lesson, ...]:
     """All lessons of a file; empty lines do not count.
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from memretrofit.data.lessons import IGNORED, Item, batch, drawn
+from memretrofit.data.lessons import Item, batch, drawn
 from memretrofit.errors import ConfigError, StateError
 from memretrofit.training.checkpoints import load_checkpoint, save_checkpoint
+from memretrofit.training.losses import lesson_loss
 from memretrofit.training.schedule import learning_rate_factor
 from memretrofit.training.writing import ROWS, ReadRows, Writing
 
@@ -102,8 +102,7 @@ def inject(
     moved, pass_over = 0, -(-len(items) // settings.batch_size)
     for step in range(start, settings.steps):
         given = batch(items, settings.seed, step, settings.batch_size)
-        given = {name: x.to(model.device) for name, x in given.items()}
-        loss = _loss(model, given)
+        loss = lesson_loss(model, given)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise StateError(
@@ -134,11 +133,3 @@ def inject(
         last = step + 1 == settings.steps
         if checkpoint is not None and (last or (step + 1) % settings.save_steps == 0):
             save_checkpoint(checkpoint, step + 1, parameters, optimizers, settings)
-
-
-def _loss(model: Any, given: dict[str, Tensor]) -> Tensor:
-    logits = model(
-        input_ids=given["input_ids"], attention_mask=given["attention_mask"], use_cache=False
-    ).logits
-    learned = given["labels"][:, 1:] != IGNORED
-    return F.cross_entropy(logits[:, :-1][learned].float(), given["labels"][:, 1:][learned])

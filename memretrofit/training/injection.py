@@ -12,7 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memretrofit.data import RowDataset
-from memretrofit.data.lessons import Item, items_of, read_lessons
+from memretrofit.data.lessons import (
+    Item,
+    items_of,
+    mean_tokens,
+    named_texts,
+    read_lessons,
+)
 from memretrofit.errors import ConfigError
 from memretrofit.hub import from_pretrained, read_record
 from memretrofit.hub.record import DELTA, MEMORY
@@ -137,9 +143,10 @@ def generic_texts(recipe: Recipe, tokenizer: Any) -> list[Tensor]:
 
 def _fingerprint(model: PreTrainedModel, material: Material, section: InjectSection) -> str:
     """A hash of the texts, of all that decides which rows they read, and of what rows begin as."""
-    texts = ((str(item.first), item.ids) for item in material.items)
     learned = material.writing.parameters(model) if section.onto is not None else {}
-    return tensors_sha256([*texts, *bank_of(model).named_buffers(), *learned.items()])[:16]
+    return tensors_sha256(
+        [*named_texts(material.items), *bank_of(model).named_buffers(), *learned.items()]
+    )[:16]
 
 
 def inject_settings(section: TrainSection, **others: Any) -> InjectSettings:
@@ -170,9 +177,8 @@ class Inject(LocalStage):
 
     def tokens(self, material: Material) -> list[int]:
         """Texts differ in length: their mean."""
-        section, items = self.section.inject, material.items
-        mean = sum(len(item.ids) for item in items) / len(items)
-        return [round(section.batch_size * mean)] * section.steps
+        section = self.section.inject
+        return [round(section.batch_size * mean_tokens(material.items))] * section.steps
 
     def run(
         self, model: Any, material: Material, checkpoints: Path, report: Report, resume: bool

@@ -1,10 +1,18 @@
-"""The distance of a student from its teacher, without a second copy of the logits in float32."""
+"""What training lowers: the distance of a student from its teacher, without a second copy of the
+logits in float32, and the loss of lessons.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from memretrofit.data.lessons import IGNORED
 
 ROWS_AT_ONCE = 256
 """Positions whose distributions exist in float32 at one time: 48 MiB each at V = 49152."""
@@ -36,3 +44,17 @@ def _summed_kl(student: Tensor, teacher: Tensor) -> Tensor:
     log_q = student.float().log_softmax(-1)
     log_p = teacher.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def lesson_logits(model: Any, given: Mapping[str, Tensor]) -> Tensor:
+    """Logits [B, T, V] of a padded batch, as `memretrofit.data.lessons.batch` makes it."""
+    inputs = {name: given[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    return model(**inputs, use_cache=False).logits
+
+
+def lesson_loss(model: Any, given: Mapping[str, Tensor]) -> Tensor:
+    """Mean over the learned tokens of a batch of -log p(token | what comes before it), in nats."""
+    labels = given["labels"][:, 1:].to(model.device)
+    learned = labels != IGNORED
+    logits = lesson_logits(model, given)[:, :-1]
+    return F.cross_entropy(logits[learned].float(), labels[learned])

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from memretrofit.data.lessons import Item
+from memretrofit.data.lessons import Item, mean_tokens, named_texts
 from memretrofit.data.procedures import (
     Example,
     names_of,
@@ -98,8 +98,7 @@ class TeachProcedures(LocalStage):
     def tokens(self, material: Procedures) -> list[int]:
         """Texts differ in length: their mean."""
         section = self.section.procedures
-        mean = sum(len(item.ids) for item in material.items) / len(material.items)
-        return [round(section.batch_size * mean)] * section.steps
+        return [round(section.batch_size * mean_tokens(material.items))] * section.steps
 
     def run(
         self, model: Any, material: Procedures, checkpoints: Path, report: Report, resume: bool
@@ -117,13 +116,13 @@ class TeachProcedures(LocalStage):
             )
 
         trained, promised = trainable_parameters(model)
-        texts = ((str(item.first), item.ids) for item in material.items)
+        fingerprint = tensors_sha256(named_texts(material.items))[:16]
         train_procedures(
             trained,
             promised,
             material.items,
             material.held_out,
-            procedure_settings(self.section, fingerprint=tensors_sha256(texts)[:16]),
+            procedure_settings(self.section, fingerprint=fingerprint),
             checkpoint=checkpoints / f"{self.name}.pt",
             on_step=tell,
         )

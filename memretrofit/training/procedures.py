@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memretrofit.data.lessons import IGNORED, Item, batch
 from memretrofit.errors import ConfigError, StateError
@@ -33,6 +32,7 @@ from memretrofit.patching.vocabulary import (
     vocabulary_ledger_of,
 )
 from memretrofit.training.checkpoints import load_checkpoint, save_checkpoint
+from memretrofit.training.losses import lesson_logits, lesson_loss
 from memretrofit.training.schedule import learning_rate_factor
 from memretrofit.training.trainable import GradientWatch, parameter_groups
 
@@ -121,7 +121,7 @@ def train_procedures(
     watch = GradientWatch(promised, steps=max(3, -(-len(items) // settings.batch_size)))
     model.eval()
     for step in range(start, settings.steps):
-        loss = _loss(model, _moved(batch(items, settings.seed, step, settings.batch_size), model))
+        loss = lesson_loss(model, batch(items, settings.seed, step, settings.batch_size))
         loss.backward()
         watch.observe()
         norm = nn.utils.clip_grad_norm_(promised.values(), settings.max_grad_norm)
@@ -167,9 +167,9 @@ def _right(model: Any, items: Sequence[Item], size: int) -> tuple[float, float]:
     routed = exact = 0
     for begin in range(0, len(items), size):
         few = items[begin : begin + size]
-        given = _moved(batch(few, 0, 0, len(few)), model)
-        labels = given["labels"][:, 1:]
-        right = _logits(model, given)[:, :-1].argmax(-1) == labels
+        given = batch(few, 0, 0, len(few))
+        labels = given["labels"][:, 1:].to(model.device)
+        right = lesson_logits(model, given)[:, :-1].argmax(-1) == labels
         learned = labels != IGNORED
         opener = learned & (learned.cumsum(-1) == 1)
         routed += int((right & opener).any(-1).sum())
@@ -196,19 +196,3 @@ def _zeroed(rows: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for row, own in zip(rows, held, strict=True):
             row.copy_(own)
-
-
-def _moved(given: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    return {name: x.to(model.device) for name, x in given.items()}
-
-
-def _logits(model: Any, given: dict[str, Tensor]) -> Tensor:
-    return model(
-        input_ids=given["input_ids"], attention_mask=given["attention_mask"], use_cache=False
-    ).logits
-
-
-def _loss(model: Any, given: dict[str, Tensor]) -> Tensor:
-    labels = given["labels"][:, 1:]
-    learned = labels != IGNORED
-    return F.cross_entropy(_logits(model, given)[:, :-1][learned].float(), labels[learned])
