@@ -29,8 +29,10 @@ class RecurrenceSection(Checked):
     """What is read: who likes what, talks with one person, or small stories scattered through the
     prose of `data.sources`; the last segment ends with a question.
     """
-    facts: Count = 2
-    """Of a text in `recall`, of each session in `dialogue`; one of them all is asked for."""
+    facts: Count | None = None
+    """Of a text in `recall`, of each session in `dialogue` (null: 2); one of them all is asked for.
+    The small stories have as many as they need.
+    """
     steps: Count = 600
     batch_size: Count = 8
     """Texts of one step."""
@@ -52,10 +54,16 @@ class RecurrenceSection(Checked):
     """After how many segments `truncated` stops."""
 
     def relations(self, faulty: Set[str]) -> list[str]:
-        """A share for each stage."""
+        """A share for each stage, and facts where they can be counted."""
+        found = []
+        if not faulty & {"texts", "facts"} and self.facts and self.texts.startswith("babilong"):
+            found.append(
+                f"facts={self.facts}: a story of {self.texts} has as many as it needs; leave it out"
+            )
         if faulty & {"segments", "shares"}:
-            return []
-        found = [] if self.segments else ["segments: is empty"]
+            return found
+        if not self.segments:
+            found.append("segments: is empty")
         if self.shares and len(self.shares) != len(self.segments):
             found.append(
                 f"shares={list(self.shares)}: {len(self.shares)} for {len(self.segments)} stages "

@@ -34,12 +34,16 @@ from memretrofit.training.stage import LocalStage, Report, training_documents
 from memretrofit.training.trainable import trainable_parameters
 
 
+FACTS = 2
+"""Of a text, where a recipe does not say."""
+
+
 def _recall(recipe: Recipe, segment_length: int, tokenizer: Any) -> Texts:
-    return RecallItems(tokenizer, segment_length, recipe.train.recurrence.facts)
+    return RecallItems(tokenizer, segment_length, recipe.train.recurrence.facts or FACTS)
 
 
 def _dialogue(recipe: Recipe, segment_length: int, tokenizer: Any) -> Texts:
-    return DialogueItems(tokenizer, segment_length, recipe.train.recurrence.facts)
+    return DialogueItems(tokenizer, segment_length, recipe.train.recurrence.facts or FACTS)
 
 
 def _stories(tell: Tell, recipe: Recipe, segment_length: int, tokenizer: Any) -> Texts:

@@ -215,6 +215,8 @@ def test_what_does_not_fit_is_told_before_the_run(folder, tmp_path) -> None:
     assert not (tmp_path / "none" / "recipe.yaml").exists()
     with pytest.raises(ConfigError, match="trains in one process, and 2 were launched"):
         stages_of(recipe(folder), 2)
+    with pytest.raises(ConfigError, match="has as many as it needs"):
+        recipe(folder, texts="babilong_qa1", facts=2)
 
 
 def test_a_dry_run_tells_sizes(folder, tmp_path, capsys) -> None:
