@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from memretrofit.errors import ConfigError, StateError
+
+_LOCK = ".lock"
 
 
 @contextmanager
@@ -32,3 +39,32 @@ def write_text(path: Path, text: str) -> Path:
 def write_json(path: Path, values: Any) -> Path:
     """Write plain JSON values, one a line, and return where."""
     return write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make the folder, and let no other process that asks have it meanwhile.
+
+    Raises:
+        ConfigError: it cannot be written.
+        StateError: another process has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output={str(folder)!r} cannot be written: {error.strerror}. Name another folder."
+        ) from error
+    lock = FileLock(folder / _LOCK)  # goes with its process, however that ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StateError(
+            f"another process is writing its run to {folder}; wait for it, or name another --output"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

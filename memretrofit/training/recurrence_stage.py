@@ -33,7 +33,6 @@ from memretrofit.training.recurrence import (
 from memretrofit.training.stage import LocalStage, Report, training_documents
 from memretrofit.training.trainable import trainable_parameters
 
-
 FACTS = 2
 """Of a text, where a recipe does not say."""
 

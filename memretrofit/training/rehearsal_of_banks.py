@@ -95,7 +95,7 @@ def _inject_small(
     ordinary = [ids % vocabulary for ids in generic]
     fit_bank(model, few, ordinary, None)
     material = opened(inject, model, few, ordinary)
-    prepare_folder(small, output, resume=False)
+    prepare_folder(small, output)
     run_stages(small, model, material, output, False, None)
     return bank_of(model)
 

@@ -76,6 +76,6 @@ class ProcedureRehearsal(Rehearsal):
         texts = torch.randint(256, (TEXTS, LENGTH))
         texts[:, LENGTH // 2] = opener
         items = [Item(ids, LENGTH // 2) for ids in texts]
-        prepare_folder(small, output, resume=False)
+        prepare_folder(small, output)
         material = Procedures(("random",), items[2:], items[:2])
         return run_stages(small, model, material, output, False, None)

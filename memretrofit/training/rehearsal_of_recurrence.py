@@ -104,5 +104,5 @@ class RecurrenceRehearsal(Rehearsal):
         patch(model, small.method)
         length = segment_ledger_of(model).memory.segment_length
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        prepare_folder(small, output, resume=False)
+        prepare_folder(small, output)
         return run_stages(small, model, _RandomTexts(length, vocabulary), output, False, None)

@@ -47,7 +47,7 @@ class RowRehearsal(Rehearsal):
         small = small_recipe(recipe, model)
         patch(model, small.method)
         rows = random_rows(small, model.config.get_text_config(decoder=True).vocab_size)
-        prepare_folder(small, output, resume=False)
+        prepare_folder(small, output)
         return run_stages(small, model, rows, output, False, None)
 
 

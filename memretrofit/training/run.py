@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from memretrofit.errors import ConfigError
+from memretrofit.files import held
 from memretrofit.recipe import Recipe
 from memretrofit.retrofit import patch
 from memretrofit.training.base import load_base
@@ -28,9 +30,7 @@ STAGES: dict[str, type[Stage]] = {
     stage.name: stage for stage in (Transfer, Distill, Inject, Recurrence, TeachProcedures)
 }
 DRAFT = "recipe.yaml.draft"
-"""The recipe until the base is loaded and the text is found: a start that fails is not a run. Who
-made it holds the folder.
-"""
+"""The recipe until the base is loaded and the text is found: a start that fails is not a run."""
 RECIPE, LOG, PLOT, CHECKPOINTS = "recipe.yaml", "log.jsonl", "loss.png", "checkpoints"
 
 
@@ -48,9 +48,10 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool =
             CPU, then sizes and an estimate of the time. Nothing is written to `output`.
 
     Raises:
-        ConfigError: `output` holds another run, one that is starting, or cannot be written; the
-            text is missing, or there are several processes for a stage that trains in one.
-        StateError: a promised parameter received no gradient, or the loss is not finite.
+        ConfigError: `output` holds another run, or cannot be written; the text is missing, or there
+            are several processes for a stage that trains in one.
+        StateError: another process trains in `output`, a promised parameter received no gradient,
+            or the loss is not finite.
         CheckpointError: the base cannot be loaded, or a checkpoint is damaged.
     """
     if dry_run:
@@ -60,10 +61,18 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool =
         return output
     state = PartialState()
     stages = stages_of(recipe, state.num_processes)
-    if state.is_main_process:
-        prepare_folder(recipe, output, resume)
-    state.wait_for_everyone()
-    base = recipe.base
+    if state.is_main_process and resume:
+        _check_same(recipe, output)
+    with held(output) if state.is_main_process else nullcontext():
+        if state.is_main_process and not resume:
+            prepare_folder(recipe, output)
+        state.wait_for_everyone()
+        return _train(recipe, stages, output, resume)
+
+
+def _train(recipe: Recipe, stages: list[Stage], output: Path, resume: bool) -> Path:
+    """What follows once the folder is ours."""
+    state, base = PartialState(), recipe.base
     try:
         model, tokenizer = load_base(base.model, base.revision, base.gguf_file, base.dtype)
         torch.manual_seed(recipe.train.seed)  # initialisation of the memory
@@ -77,47 +86,20 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool =
     return run_stages(recipe, model, material, output, resume, tokenizer)
 
 
-def prepare_folder(recipe: Recipe, output: Path, resume: bool) -> None:
-    """Make the folder and draft the resolved recipe, or check that it holds this very run.
+def prepare_folder(recipe: Recipe, output: Path) -> None:
+    """Draft the resolved recipe of a run that begins.
 
     Raises:
-        ConfigError: it holds another run, or one that is starting, or none to resume, or cannot be
-            written.
+        ConfigError: the folder holds a run, or cannot be written.
     """
-    if resume:
-        _check_same(recipe, output)
-        return
-    held = ConfigError(f"{output} holds a run already; pass --resume to go on, or another --output")
     if (output / RECIPE).exists():
-        raise held
-    _claim(recipe, output)
-    # one that started between the look and the claim has turned its draft into a run
-    if (output / RECIPE).exists():
-        (output / DRAFT).unlink()
-        raise held
-
-
-def _claim(recipe: Recipe, output: Path) -> None:
-    """Write the draft, which one of all that start here can do."""
-    draft = output / DRAFT
+        raise ConfigError(
+            f"{output} holds a run already; pass --resume to go on, or another --output"
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
+        (output / DRAFT).write_text(recipe.to_yaml(), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"output {output} cannot be written: {error}") from error
-    try:
-        descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    except FileExistsError:  # whether or not it still does: the other may have begun by now
-        raise ConfigError(
-            f"{output}: another run is starting here. Choose another --output; or, if that "
-            f"one died before its first step, delete {draft} and start again."
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"output {output} cannot be written: {error}") from error
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(recipe.to_yaml())
-    except OSError as error:
-        draft.unlink()
         raise ConfigError(f"output {output} cannot be written: {error}") from error
 
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from memretrofit.errors import CheckpointError, ConfigError, StateError
+from memretrofit.errors import CheckpointError, ConfigError
 from memretrofit.evaluation.scoring import SCORES
+from memretrofit.files import held
 
 RUN, ITEMS, SUMMARY, COST = "run.json", "items.jsonl", "summary.json", "cost.json"
 SCHEMA_VERSION = 2
 """Of all four files; a change of their fields counts it up."""
 KEYS = ("task", "length", "number", "arm", "prompt_hash")
 """What identifies a line of `items.jsonl`."""
-_LOCK = ".lock"
 _LABELS = {"model"}
 """Settings that fix no number: `base` and `files` say which model it was, however it is spelled."""
 _NUMBER = (int, float)
@@ -46,26 +43,9 @@ def claim(output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
             settings; with what differs.
         StateError: another process writes there now.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"output={str(output)!r} cannot be written: {error.strerror}. Name another folder."
-        ) from error
-    lock = FileLock(output / _LOCK)  # goes with its process, however that ends
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise StateError(
-            f"another process is writing its run to {output}; wait for it, or name another --output"
-        ) from None
-    try:
+    with held(output):
         _check_owner(output, settings)
         yield
-    finally:
-        lock.release()
 
 
 def _check_owner(output: Path, settings: Mapping[str, Any]) -> None:
@@ -74,11 +54,11 @@ def _check_owner(output: Path, settings: Mapping[str, Any]) -> None:
         if (output / ITEMS).exists():
             raise ConfigError(f"{output} holds {ITEMS} without {RUN}; name another --output")
         return
-    held, now = read_object(path), json.loads(json.dumps(settings))
+    there, now = read_object(path), json.loads(json.dumps(settings))
     differ = [
-        f"{key}: {held.get(key)!r} there, {now.get(key)!r} now"
-        for key in dict.fromkeys([*held, *now])
-        if held.get(key) != now.get(key) and key not in _LABELS
+        f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
+        for key in dict.fromkeys([*there, *now])
+        if there.get(key) != now.get(key) and key not in _LABELS
     ]
     if differ:
         raise ConfigError.listing(
