@@ -239,8 +239,10 @@ def _check_fields(
     faults: dict[str, str] = {}
     for name, value in given.items():
         hint, limits = hints[name], [_SHARED[name]] if name in _SHARED else []
+        for member in (hint, *typing.get_args(hint)):  # also of `Annotated[int, Range] | None`
+            if typing.get_origin(member) is Annotated:
+                limits += [limit for limit in member.__metadata__ if isinstance(limit, Range)]
         if typing.get_origin(hint) is Annotated:
-            limits += [limit for limit in hint.__metadata__ if isinstance(limit, Range)]
             hint = hint.__origin__
         fits, values[name] = coerce(value, hint)
         if not fits:

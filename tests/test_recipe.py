@@ -81,6 +81,8 @@ train:
         ("train.max_steps.x=3", "train.max_steps"),
         ("train=3", "train=3: expected a section"),
         ("train.transfer.steps=0", "train.transfer.steps=0: must be at least 1"),
+        ("train.recurrence.facts=0", "train.recurrence.facts=0: must be at least 1"),
+        ("evaluate.sequence_length=-1", "evaluate.sequence_length=-1: must be at least"),
         ("train.max_steps=[", "not YAML"),
         ("train.stages=[distill, transfer]", "in order"),
         ("train.window_range=[]", "train.window_range: is empty"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -32,22 +34,34 @@ class VocabularyRows(nn.Module):
             self.output_rows = nn.ParameterList(row.clone() for row in output_rows)
         self.register_buffer("opened", torch.tensor(0))
         self._learns_from = 0
-        self._counted = (self.opened, self.opened._version, 0)
-        self._stacked: tuple[list[tuple[int, int]], tuple[Tensor, Tensor]] | None = None
+        self._counted: tuple[Tensor | None, int, int] = (None, 0, 0)
+        self._held = False
+        self._stacked: tuple[Tensor, Tensor] | None = None
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The embeddings [n, E] and the classes [n, E] of the n open rows, n > 0."""
-        tables = [self._open_rows(table) for table in self._tables()]
-        if torch.is_grad_enabled():
-            return _pair([torch.stack(rows) for rows in tables])
-        now = [(row.data_ptr(), row._version) for rows in tables for row in rows]
-        if self._stacked is None or self._stacked[0] != now:
-            self._stacked = now, _pair([torch.stack(rows) for rows in tables])
-        return self._stacked[1]
+        if self._stacked is not None and not torch.is_grad_enabled():
+            return self._stacked
+        found = _pair([torch.stack(self._open_rows(table)) for table in self._tables()])
+        if self._held and not torch.is_grad_enabled():
+            self._stacked = found
+        return found
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, rows do not change: stacked once, and not for every token that is decoded."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+            self._stacked = self._stacked if before else None
 
     @property
     def count(self) -> int:
         """`opened`, which is read from its device only where it may have changed."""
+        if self.opened.is_inference():  # it has no version
+            return int(self.opened)
         held, version, count = self._counted
         if held is not self.opened or version != self.opened._version:
             count = int(self.opened)
@@ -70,11 +84,11 @@ class VocabularyRows(nn.Module):
             ConfigError: fewer than are open, or more than there are.
         """
         before = self.count
-        if not before < count <= len(self.rows):
+        if type(count) is not int or not before < count <= len(self.rows):
             raise ConfigError(
-                f"count={count}: {before} of {len(self.rows)} procedures are open, so it must be "
-                f"above {before} and at most {len(self.rows)}. Patch with a larger num_procedures "
-                "to have more."
+                f"count={count!r}: {before} of {len(self.rows)} procedures are open, so it must be "
+                f"an int above {before} and at most {len(self.rows)}. Patch with a larger "
+                "num_procedures to have more."
             )
         self.opened.fill_(count)
         self._learns_from = before

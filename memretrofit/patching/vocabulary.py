@@ -214,7 +214,8 @@ def _counting(model: Any, original: Callable[..., Any], *args: Any, **kwargs: An
     ledger, config = vocabulary_ledger_of(model), model.config
     set_config(model, _wider(config, ledger.vocab_size + ledger.classes))
     try:
-        return original(*args, **kwargs)
+        with ledger.memory.held():
+            return original(*args, **kwargs)
     finally:
         set_config(model, config)
 

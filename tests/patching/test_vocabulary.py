@@ -270,9 +270,10 @@ def test_renormalising_moves_what_trains(kind):
 
 @torch.no_grad()
 @every_config
-def test_open_rows_are_put_together_once(kind):
-    """And anew when one of them changed, in place or by other data, when more are open, and when
-    others were loaded."""
+def test_rows_are_read_as_they_are(kind):
+    """However they changed: in place, by other data, by data in place, which no version counts,
+    when more are open, and when others were loaded. While a text is generated, they are put
+    together once."""
     model = patched(kind=kind, opened=2)
     memory = vocabulary_ledger_of(model).memory
 
@@ -282,12 +283,18 @@ def test_open_rows_are_put_together_once(kind):
             list(table)[: memory.count]
         )
 
-    assert memory()[1] is memory()[1]
     last = list(memory.parameters())[-4]
-    last.add_(1.0)
-    assert torch.equal(memory()[1], current()[1])
-    last.data = last.data + 1.0
-    assert torch.equal(memory()[1], current()[1])
+    for change in (
+        lambda: last.add_(1.0),
+        lambda: setattr(last, "data", last.data + 1.0),
+        lambda: last.data.add_(1.0),
+    ):
+        with memory.held():
+            before = memory()[1]
+            assert memory()[1] is before
+        change()
+        assert not torch.equal(memory()[1], before)
+        assert torch.equal(memory()[1], current()[1])
     values = {name: x + 1 for name, x in memory.state_dict().items()}
     memory.load_state_dict(values)
     assert memory.count == 3
@@ -296,6 +303,13 @@ def test_open_rows_are_put_together_once(kind):
     assert [len(x) for x in memory()] == [4, 4]
     with torch.enable_grad():
         assert memory()[0].requires_grad
+
+
+def test_rows_can_be_made_where_tensors_have_no_version():
+    ids = mixed(1)
+    with torch.inference_mode():
+        model = patched()
+        assert torch.equal(one_pass(model, ids), one_pass(patched(), ids))
 
 
 def test_a_copy_is_a_model_of_its_own():
@@ -343,6 +357,9 @@ def test_what_cannot_be_done_is_refused():
         patch(model, CONFIGS["tied"])
     with pytest.raises(StateError, match="not patched"):
         procedure_ids(build("llama"))
+    for count in (OPEN + 0.5, "4", OPEN):
+        with pytest.raises(ConfigError, match=f"count={count!r}: {OPEN} of"):
+            open_procedures(model, count)
     assert patched_config(model) == CONFIGS["tied"]
     with pytest.raises(UnsupportedModelError, match="Linear"):
         patch(torch.nn.Linear(2, 2), CONFIGS["tied"])
