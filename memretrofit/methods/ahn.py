@@ -6,18 +6,19 @@ Equations (one head; x the attention module's input; l = t - W leaves the window
 
     local_t = softmax attention of q_t over sinks and window                               [V]
     S_t     = rule(S_{t-1}; k_l / |k_l|, v_l, g(x_l), beta(x_l))     the leaver writes     [K, V]
-    r_t     = S_t^T q_t / |q_t|                                      the newcomer reads    [V]
+    r_t     = S_t^T q_t / (s |q_t|)                                  the newcomer reads    [V]
     out_t   = local_t + A (RMSNorm(r_t) * silu(w_g . x_t))           A starts at zero      [V]
 
     gated_delta: g = -exp(a) softplus(w_a . x + d),  beta = sigmoid(w_b . x)
     delta:       g = 0,                              beta = sigmoid(w_b . x)
     ssd:         g = -exp(a) dt,                     beta = dt = softplus(w_d . x + c + d)
                  and the gate comes before a norm over all heads
+    s = sqrt(K), but 1 for ssd
 
 Keys and values are repeated to query heads, after the rotary embedding (and after qk-norm where a
 model has it).
 
-Differs from the paper: W does not count the sinks (the released code counts them in); the
+Differs from the paper: W does not count the sinks (the released training code counts them in); the
 authors' GatedDeltaNet carries a parameter per head that nothing reads, left out here.
 `key_space` and `center_keys` are ours; their defaults are the published form.
 
@@ -32,7 +33,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from memretrofit.config import MethodConfig
-from memretrofit.modules.recurrent import RecurrentMemory
+from memretrofit.modules.recurrent import RecurrentMemory, Rule
 from memretrofit.patching.sites import AttentionSite
 from memretrofit.patching.surgery import patch_attention
 
@@ -45,7 +46,7 @@ IDENTITY = "window"
 class AHNConfig(MethodConfig):
     """How much is kept exactly, and how the rest is written."""
 
-    rule: Literal["gated_delta", "delta", "ssd"] = "gated_delta"
+    rule: Rule = "gated_delta"
     """How a leaving pair is written: with decay and correction, with correction, with decay
     (Mamba-2).
     """

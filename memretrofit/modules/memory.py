@@ -130,6 +130,10 @@ class AttentionMemory(nn.Module):
     """Whether the state depends on the queries, so that it must meet each of them, in order: then
     `Block.query` is there in every block (post_rope), and what the read returns may be discarded.
     """
+    traceable: bool
+    """Whether `torch.compile` can trace a step of one token: `forward` reads tensors and numbers
+    alone, and its shapes do not depend on what the tensors hold. A subclass that is says so.
+    """
     sink_positions: str = "absolute"
     """Where sinks stand for the rotary embedding: `absolute`, or by `slot` in the cache
     (StreamingLLM).
@@ -144,6 +148,7 @@ class AttentionMemory(nn.Module):
 
     def __init__(self, *, sliding_window: int, num_sink_tokens: int) -> None:
         super().__init__()
+        self.traceable = type(self) is AttentionMemory
         self.write_features = None
         self.sliding_window = sliding_window
         self.num_sink_tokens = num_sink_tokens

@@ -102,7 +102,9 @@ class RecurrentMemory(AttentionMemory):
         center_keys: bool,
     ) -> None:
         super().__init__(sliding_window=sliding_window, num_sink_tokens=num_sink_tokens)
+        self.traceable = True
         self.rule, self.key_space, self.state_heads = rule, key_space, num_state_heads
+        self.scale = 1.0 if rule == "ssd" else key_dim**-0.5  # the scales of the authors' kernels
         self.key_dim, self.value_dim = key_dim, value_dim
         gates = 2 if rule == "gated_delta" else 1
         self.write_features = WriteGate(hidden_size, gates * num_state_heads, bias=rule == "ssd")
@@ -127,7 +129,9 @@ class RecurrentMemory(AttentionMemory):
         value = self.per_state_head(block.leaving_value)
         g, beta = self._gates(block.leaving_features, block.writes[:, None])  # type: ignore[arg-type]
         query = key if block.query is None else self._normalised_query(block.query)
-        read, new_state = chunk_rule(self.rule)(query, key, value, g, beta, initial_state=state[0])
+        read, new_state = chunk_rule(self.rule)(
+            query, key, value, g, beta, scale=self.scale, initial_state=state[0]
+        )
         if block.query is None:
             return None, (new_state,)
         local = block.local()

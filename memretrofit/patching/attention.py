@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Callable
-from contextvars import ContextVar, Token
+from contextvars import Token
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ from memretrofit.modules.memory import AttentionMemory
 from memretrofit.patching.cache import MemoryLayer, upgrade
 from memretrofit.patching.config_view import base_implementation
 from memretrofit.patching.controls import Controls
-from memretrofit.patching.masks import is_padding_mask, rebuild_base_mask
+from memretrofit.patching.generating import Current, uncompiled
+from memretrofit.patching.masks import padding_alone, rebuild_base_mask
 from memretrofit.patching.rotary import Rotary
 from memretrofit.patching.sites import probe
 
@@ -61,6 +62,13 @@ class Seam:
         if self.controls.disabled:
             return
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        one = hidden.shape[1] == 1
+        if torch.compiler.is_compiling() and not (one and self.memory.traceable):
+            self._enter_uncompiled(hidden, args, kwargs)
+        else:
+            self._enter(hidden, args, kwargs)
+
+    def _enter(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
         cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
         layer = (
             None if cache is None else upgrade(cache, self.layer_idx, self.memory, self.owner.key)
@@ -70,15 +78,23 @@ class Seam:
             if self.controls.carried is not None and not layer.seen:
                 layer.begin_with(self.controls.carried.layers[self.layer_idx])
         visit = _Visit(self, hidden, layer, kwargs.get("position_embeddings"))
-        visit.token = _current.set(visit)
+        visit.token = _current.enter(visit)
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook, called also when the module's forward raised."""
+        if torch.compiler.is_compiling() and _current.traced is None:
+            self._leave_uncompiled()
+        else:
+            self._leave()
+
+    def _leave(self) -> None:
         visit = _current.get()
-        if visit is not None and visit.seam is self and visit.token is not None:
-            _current.reset(visit.token)
+        if visit is not None and visit.seam is self:
+            _current.leave(visit.token)
             if visit.layer is not None:
                 visit.layer.attending = False
+
+    _enter_uncompiled, _leave_uncompiled = uncompiled()(_enter), uncompiled()(_leave)
 
 
 @dataclass(eq=False)
@@ -89,10 +105,10 @@ class _Visit:
     hidden: Tensor
     layer: MemoryLayer | None
     position_embeddings: Any
-    token: Token[_Visit | None] | None = None
+    token: Token[_Visit | None] | _Visit | None = None
 
 
-_current: ContextVar[_Visit | None] = ContextVar("memretrofit_visit", default=None)
+_current: Current[_Visit] = Current("memretrofit_visit")
 
 
 @dataclass(eq=False, frozen=True, kw_only=True)
@@ -148,13 +164,29 @@ def memory_attention(
     """The registered attention function: query `[B, H, q, K]`, key and value `[B, G, kv, *]`;
     returns `[B, q, H, V]`.
     """
-    recording = probe.get()
+    if torch.compiler.is_compiling() and _current.traced is None:
+        return _uncompiled_attention(module, query, key, value, attention_mask, **kwargs)
+    return _attention(module, query, key, value, attention_mask, **kwargs)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    recording = None if torch.compiler.is_compiling() else probe.get()
     if recording is not None:
         recording.calls.append((module, query, key, value, kwargs))
     visit = _current.get()
     if visit is None or getattr(module, "memory", None) is not visit.seam.memory:
         return base_attention(module, query, key, value, attention_mask, kwargs)
-    if not is_padding_mask(attention_mask, query):
+    new = query.shape[2]
+    begin = 0 if attention_mask is None else attention_mask.shape[-1] - new
+    known, attention_mask = padding_alone(attention_mask, len(query), new, begin)
+    if not known:
         raise StateError(
             "The attention mask is more than causal with padding (packed sequences, a 4-D mask, "
             "or bidirectional spans), and a "
@@ -180,6 +212,9 @@ def memory_attention(
             "behind its tokens. Pass use_cache=False."
         )
     return call.remember() if intercept is None else intercept(call)
+
+
+_uncompiled_attention = uncompiled()(_attention)
 
 
 def base_function(module: nn.Module) -> tuple[Callable[..., tuple[Tensor, Tensor | None]], str]:

@@ -123,6 +123,9 @@ def state_shuffled(model: PreTrainedModel):
 
     What survives this is a general correction; what is lost was memory of the row's own text. With
     left padding, row b reads what row b + 1 had written as far from the end.
+
+    A memory between segments writes what it has read: after as many segments as there are rows, a
+    row meets its own text again. Read all but the last segment outside, as tasks do.
     """
     return _set(model, shuffled=True)
 

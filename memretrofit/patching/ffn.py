@@ -33,6 +33,7 @@ from memretrofit.modules.bank import (
 from memretrofit.modules.model_spec import ModelSpec
 from memretrofit.patching.controls import ATTRIBUTE
 from memretrofit.patching.ffn_sites import BankSite, decoder_of, find_bank_sites, hidden_of
+from memretrofit.patching.generating import refuse_continuous_batching, uncompiled
 from memretrofit.patching.history import (
     History,
     adopt,
@@ -143,6 +144,7 @@ def patch_banks(
             if place == "ffn"
             else site.module.register_forward_pre_hook(hook.to_input, with_kwargs=True)
         )
+    refuse_continuous_batching(model, ledger)
     setattr(model, ATTRIBUTE, ledger)
 
 
@@ -152,6 +154,7 @@ class _Look:
 
     ledger: BankLedger
 
+    @uncompiled()
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         _current.set(None)
         switches = self.ledger.controls
@@ -179,7 +182,7 @@ class _Look:
                 f"route_pinned: the bank of {self.ledger.config} has no routes. Leave it out."
             )
         _pin(history, switches.routes, len(ids))
-        new = real_ids(ids, kwargs.get("attention_mask"))
+        new = real_ids(ids, kwargs.get("attention_mask"), len(history))
         refuse_packing(new != PAD, kwargs.get("position_ids"))
         before = history.reached(self.ledger.bank.reach)
         joined = new if before is None else torch.cat([before, new], dim=1)
@@ -207,6 +210,7 @@ def _pin(history: History, routes: Tensor | None, rows: int) -> None:
     history.routes = routes
 
 
+@uncompiled()
 def _leave(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """The decoder's last hook, called also when its forward raised: remember the tokens."""
     visit = _current.get()
@@ -236,6 +240,7 @@ class _Add:
     name: str
     read: BankRead
 
+    @uncompiled()
     def to_output(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Add to the FFN's output; a tuple's first entry is the hidden states."""
         visit = _current.get()
@@ -248,6 +253,7 @@ class _Add:
             return (_sum(output[0], read), *output[1:])
         return _sum(output, read)
 
+    @uncompiled()
     def to_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Add to the layer's input."""
         visit = _current.get()

@@ -20,6 +20,7 @@ from memretrofit.errors import StateError
 from memretrofit.modules.bank import PAD, Reach, first_tokens
 from memretrofit.modules.rolling import RollingBuffer
 from memretrofit.patching.ledger import refuse_other_owner
+from memretrofit.patching.masks import padding_alone
 
 
 class History:
@@ -160,12 +161,23 @@ def adopt(cache: Any, history: History) -> None:
     cache.history = history
 
 
-def real_ids(ids: Tensor, mask: Any) -> Tensor:
-    """`ids` [B, T] with `PAD` where the 2-D attention mask [B, P + T] says that there is no token.
+def real_ids(ids: Tensor, mask: Any, begin: int) -> Tensor:
+    """`ids` [B, T], from slot `begin` on, with `PAD` where the attention mask says that there is no
+    token: [B, P + T], or the causal [B, 1, T, columns] that a static cache comes with, one for each
+    kind of layer.
 
     Raises:
         StateError: the mask is more than padding, so rows may hold several texts.
     """
+    new = ids.shape[1]
+    if isinstance(mask, dict):
+        # one that hides what is far tells nothing of padding: without another it is refused below
+        mask = mask.get("full_attention", mask)
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        known, padding = padding_alone(mask, len(ids), new, begin)
+        if known:
+            real = None if padding is None else padding[:, 0, -1, begin : begin + new]
+            return ids if real is None else ids.masked_fill(~real, PAD)
     if mask is None:
         return ids
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -173,7 +185,7 @@ def real_ids(ids: Tensor, mask: Any) -> Tensor:
             "A bank needs to know which tokens are padding, and this attention mask is more than "
             "that (packed sequences, or a 4-D mask). Pass one sequence per row and a 2-D mask."
         )
-    return ids.masked_fill(~mask[:, mask.shape[1] - ids.shape[1] :].bool(), PAD)
+    return ids.masked_fill(~mask[:, mask.shape[1] - new :].bool(), PAD)
 
 
 def refuse_packing(real: Tensor, positions: Any) -> None:

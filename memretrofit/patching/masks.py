@@ -47,16 +47,44 @@ def padding_mask(
             **kwargs,
         )
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if padding is None or bool(padding[:, :kv_length].all()):
+    if padding is None:
+        return None
+    # a graph cannot look: it takes what a step of one token is given for padding
+    traced = torch.compiler.is_compiling() and q_length == 1
+    if not traced and bool(padding[:, :kv_length].all()):
         return None
     return padding[:, None, None, :kv_length].expand(-1, -1, q_length, -1)
 
 
-def is_padding_mask(mask: Tensor | None, query: Tensor) -> bool:
-    """Whether `mask` says no more than which tokens are padding."""
+def padding_alone(
+    mask: Tensor | None, rows: int, length: int, begin: int
+) -> tuple[bool, Tensor | None]:
+    """Whether `mask`, of `length` queries from slot `begin`, says no more than what is causal and
+    which tokens are padding, and if so the mask as `padding_mask` makes it.
+
+    Only a mask that holds a row for each query is looked through, at the cost of its own size:
+    Transformers makes such masks for a compiled forward without a cache and for a static cache.
+    """
     if mask is None:
-        return True
-    return mask.dtype is torch.bool and (query.shape[2] == 1 or mask.stride(-2) == 0)
+        return True, None
+    if mask.dtype is torch.bool and (length == 1 or mask.stride(-2) == 0):
+        return True, mask
+    end = begin + length
+    if mask.dim() != 4 or mask.shape[1:3] != (1, length) or mask.shape[-1] < end:
+        return False, mask
+    if mask.dtype is torch.bool:
+        seen, hidden = mask, ~mask
+    elif mask.is_floating_point():
+        seen, hidden = mask == 0, mask <= torch.finfo(mask.dtype).min
+    else:
+        return False, mask
+    last, columns = seen[:, :, -1:], torch.arange(mask.shape[-1], device=mask.device)
+    expected = (columns <= columns[begin:end, None]) & last
+    if not (torch.equal(seen, expected) and torch.equal(hidden, ~expected)):
+        return False, mask
+    if bool(last[..., :end].all()):
+        return True, None
+    return True, last.expand(rows, -1, length, -1)
 
 
 def rebuild_base_mask(

@@ -27,6 +27,7 @@ more (`Reader.lost`), and its row of the output is dropped.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -39,6 +40,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from memretrofit.errors import StateError, UnsupportedModelError
+from memretrofit.patching.generating import uncompiled
 from memretrofit.patching.ledger import ledger_of
 from memretrofit.patching.wrapping import named_arguments
 
@@ -68,6 +70,12 @@ class Piece:
 
 class Reader:
     """What a method does around the pieces of one call; this one does nothing."""
+
+    instead_of_checkpointing = (
+        "Train on texts that are read in one piece with use_cache=False, or turn it off: "
+        "model.gradient_checkpointing_disable()."
+    )
+    """Ends the error."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.ledger = model, ledger_of(model)
@@ -122,6 +130,7 @@ def read_in_pieces(model: PreTrainedModel, make: Callable[[Any], Reader]) -> Non
     ledger_of(model).replace_method(model, "forward", reading)
 
 
+@uncompiled()
 def _read(
     model: Any, forward: Callable[..., Any], make: Callable[[Any], Reader], *args: Any, **kw: Any
 ) -> Any:
@@ -154,6 +163,7 @@ class _Reading:
         self.model, self.forward, self.reader = model, forward, reader
         self.controls = ledger_of(model).controls
         self.call = dict(call)
+        self.named = inspect.signature(forward).parameters
         self.labels = self.call.pop("labels", None)
         self.kept = self.call.pop("logits_to_keep", 0)
         self.returns_dict = self.call.pop("return_dict", None)
@@ -176,9 +186,11 @@ class _Reading:
         if self.model.training and self.model.is_activation_checkpointing:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} reads {self.new} tokens in pieces on a cache, and "
-                "gradient checkpointing in Transformers leaves the cache out. Train on texts that "
-                "are read in one piece with use_cache=False, or turn checkpointing off."
+                "gradient checkpointing in Transformers leaves the cache out. "
+                f"{self.reader.instead_of_checkpointing}"
             )
+        if not self.new:
+            raise StateError("0 tokens were given to read; pass at least one.")
         if self.cache is not None:
             begin = self.reader.enter(self.cache, False)
             try:
@@ -288,7 +300,7 @@ class _Reading:
                 logits=fields["logits"],
                 labels=self.labels,
                 vocab_size=self.model.config.get_text_config().vocab_size,
-                **{k: v for k, v in self.call.items() if k == "num_items_in_batch"},
+                **{k: v for k, v in self.call.items() if k not in self.named},
             )
         fields["past_key_values"] = cache if self.returns_cache else None
         joined = type(output)(**fields)

@@ -56,6 +56,10 @@ class SegmentReader(Reader):
     """[B, T] bool, on the CPU: which of the tokens of the call are no padding; None: all."""
     closed: Tensor
     """[B] segments that each row had closed before the piece."""
+    instead_of_checkpointing = (
+        "Turn it off with model.gradient_checkpointing_disable(); the recipe's train.recurrence."
+        "credit: replay keeps the activations of one segment alone."
+    )
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

@@ -20,6 +20,7 @@ from memretrofit.modules.model_spec import ModelSpec
 from memretrofit.modules.segment_memory import LayerMemory, SegmentMemory
 from memretrofit.patching.controls import ATTRIBUTE
 from memretrofit.patching.ffn_sites import decoder_of, find_bank_sites
+from memretrofit.patching.generating import refuse_continuous_batching, refuse_named_cache
 from memretrofit.patching.ledger import refuse_patched
 from memretrofit.patching.pieces import read_in_pieces
 from memretrofit.patching.seats import Seat, model_spec, placed
@@ -88,6 +89,7 @@ def patch_segments(
             module.register_forward_pre_hook(hook.read, with_kwargs=True),
             module.register_forward_hook(hook.write, with_kwargs=True),
         ]
+    refuse_continuous_batching(model, ledger)
     setattr(model, ATTRIBUTE, ledger)
     read_in_pieces(model, SegmentReader)
     if hasattr(model, "_prepare_cache_for_generation"):
@@ -101,8 +103,10 @@ def _prepare_cache(
 ) -> Any:
     """Put the session into the cache before `generate` decides what it may record or crop."""
     original: Any = type(model)
+    ledger = segment_ledger_of(model)
+    refuse_named_cache(generation_config.cache_implementation, ledger)
     result = original._prepare_cache_for_generation(model, generation_config, model_kwargs, *args)
-    ledger, cache = segment_ledger_of(model), model_kwargs.get("past_key_values")
+    cache = model_kwargs.get("past_key_values")
     if cache is not None and not ledger.controls.disabled:
         session = session_of(cache, ledger.owner)
         if generation_config.is_assistant:

@@ -18,6 +18,7 @@ from memretrofit.patching.attention import Owner, Seam
 from memretrofit.patching.cache import upgrade
 from memretrofit.patching.config_view import config_view
 from memretrofit.patching.controls import ATTRIBUTE
+from memretrofit.patching.generating import refuse_continuous_batching, refuse_named_cache
 from memretrofit.patching.ledger import Ledger, ledger_of, refuse_patched
 from memretrofit.patching.rotary import find_rotary
 from memretrofit.patching.sites import (
@@ -102,6 +103,7 @@ def patch_attention(
         ledger.replace_method(
             model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, model)
         )
+    refuse_continuous_batching(model, ledger)
     setattr(model, ATTRIBUTE, ledger)
 
 
@@ -110,6 +112,7 @@ def _prepare_cache(
 ) -> Any:
     """Upgrade the cache before `generate` decides what it may record or crop."""
     original: Any = type(model)
+    refuse_named_cache(generation_config.cache_implementation, getattr(model, ATTRIBUTE))
     result = original._prepare_cache_for_generation(model, generation_config, model_kwargs, *args)
     ledger = getattr(model, ATTRIBUTE)
     cache = model_kwargs.get("past_key_values")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ from memretrofit.modules.memory import Block
 from memretrofit.ops.attend import attend, scores
 from memretrofit.ops.window import window_mask
 from memretrofit.patching.cache import gather_columns
+from memretrofit.patching.generating import once
 from memretrofit.patching.masks import as_base_mask, token_ranks
 from memretrofit.patching.rotary import slot_steps, unrotate
 
@@ -147,19 +147,19 @@ class _Columns:
         """[B, columns, 1] place of each token in its event, where the text is read in pieces."""
         return None if self.layer is None else self.layer.streams["place"].view
 
-    @cached_property
+    @once
     def ranks(self) -> Tensor | None:
         """[B, total] index of each token among its row's real tokens; None without padding."""
         return token_ranks(self.call.mask)
 
-    @cached_property
+    @once
     def slots(self) -> Tensor:
         """[columns] slot of each kept column; pinned ones count as the first slots."""
         slots = torch.arange(self.first - self.pinned, self.total, device=self.call.query.device)
         slots[: self.pinned] = torch.arange(self.pinned, device=slots.device)
         return slots
 
-    @cached_property
+    @once
     def column_ranks(self) -> Tensor | None:
         if self.ranks is None:
             return None

@@ -177,6 +177,7 @@ def test_what_cannot_be_read_in_segments_is_refused(arm):
     wrong = [
         ({"input_ids": more, "inputs_embeds": embeds}, StateError, "input_ids and inputs_embeds"),
         ({}, StateError, "neither"),
+        ({"input_ids": more[:, :0]}, StateError, "0 tokens"),
         ({"input_ids": more, "attention_mask": torch.zeros(2, 1, 9, 9)}, StateError, "2-D"),
         ({"input_ids": more, "position_ids": packed}, StateError, "begin anew"),
         ({"input_ids": more[:1]}, StateError, "holds 2 rows, and 1 were passed"),

@@ -79,7 +79,9 @@ def recalled(found, parameters, rule, window, sinks, *, late=0, unrotate=False):
             state[s] += beta * torch.outer(key, missing)
         for h in range(heads):
             query = q[h, t] / q[h, t].norm()
-            reads[t, h] = state[h * states // heads].T @ query / q.shape[-1] ** 0.5
+            reads[t, h] = state[h * states // heads].T @ query
+            if rule != "ssd":
+                reads[t, h] /= q.shape[-1] ** 0.5
     weight, maps = p["read_out.norm_weight"], p["read_out.out_map"]
     out = torch.zeros_like(reads)
     for t in range(length):

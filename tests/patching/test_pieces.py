@@ -74,6 +74,14 @@ def test_the_loss_is_that_of_all_logits():
     loss, logits = model(ids, labels=labels, use_cache=False, return_dict=False)
     assert torch.equal(loss, output.loss)
     assert torch.equal(logits, output.logits)
+    shifted = torch.full_like(ids, -100)
+    shifted[:, 30] = 5
+    expected = torch.nn.functional.cross_entropy(output.logits[:, 30], shifted[:, 30])
+    assert torch.allclose(model(ids, labels=ids, shift_labels=shifted).loss, expected)
+    labels[labels == -100] = 7
+    found = model(ids, labels=labels, ignore_index=7).loss
+    expected = torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=7)
+    assert torch.allclose(found, expected)
 
 
 def test_gradients_reach_through_every_piece():

@@ -69,7 +69,7 @@ def test_a_mask_is_as_wide_as_the_text(width):
 def test_checkpointing_is_refused_with_any_cache(use_cache):
     model = patch(build("llama"), RMT).train()
     model.activation_checkpointing_enable()
-    with pytest.raises(UnsupportedModelError, match="checkpointing"):
+    with pytest.raises(UnsupportedModelError, match="credit: replay"):
         model(tokens(1, 20), use_cache=use_cache)
 
 
