@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -94,12 +94,20 @@ class Likelihood(NamedTuple):
 
 @torch.no_grad()
 def read(
-    model: Any, tokenizer: Any, readings: Sequence[Reading], *, chunk_size: int = 2048
+    model: Any,
+    tokenizer: Any,
+    readings: Sequence[Reading],
+    *,
+    chunk_size: int = 2048,
+    start: Prefilled | None = None,
 ) -> list[Outcome]:
     """Outcomes of a batch of readings, in order.
 
     Every prompt is read once. Candidates are scored on copies of the cache that it leaves (two
     copies of a long prompt's cache must fit in memory), and the answer is generated from it.
+
+    Args:
+        start: the prompts, where they were read already.
 
     Raises:
         ConfigError: a prompt or a candidate has no token, or there is no reading.
@@ -109,9 +117,9 @@ def read(
         [tokenizer(text, add_special_tokens=False)["input_ids"] for text in reading.candidates]
         for reading in readings
     ]
-    start = read_prompts(
-        model, tokenizer, [reading.prompt for reading in readings], chunk_size=chunk_size
-    )
+    if start is None:
+        prompts = [reading.prompt for reading in readings]
+        start = read_prompts(model, tokenizer, prompts, chunk_size=chunk_size)
     likelihoods = log_likelihoods(model, start, candidates)
     log_p = start.logits.log_softmax(-1)
     entropies = torch.special.entr(log_p.exp()).sum(-1)
@@ -150,17 +158,60 @@ def read_rows(model: Any, rows: Sequence[Sequence[int]], *, chunk_size: int = 20
         StateError: what follows has no finite likelihood.
         UnsupportedModelError: the model keeps no cache, or reads more than the rows.
     """
-    empty = [place for place, row in enumerate(rows) if not row]
-    if empty or not rows:
-        raise ConfigError(f"{len(rows)} prompts, of which {empty} hold no token; give each a text")
-    ids, mask = (x.to(next(model.parameters()).device) for x in _left_padded(rows))
+    ids, mask = _rows_of(model, rows)
     padding = None if bool(mask.all()) else mask
-    refuse_prompt_learning(model)
     with evaluating(model):
         cache, logits = prefill(model, ids, chunk_size=chunk_size, attention_mask=padding)
     if not torch.isfinite(logits).all():
         raise StateError(_NOT_FINITE)
     return Prefilled(ids, mask, cache, logits.float())
+
+
+@torch.no_grad()
+def read_rows_apart(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    segment_length: int,
+    context: Callable[[], AbstractContextManager[object]],
+    *,
+    chunk_size: int = 2048,
+) -> Prefilled:
+    """`read_rows`, where `context` is open for the last segment of each row alone: the segments of
+    `segment_length` tokens before it are read first.
+
+    Raises:
+        As `read_rows` does.
+    """
+    borders = [(len(row) - 1) // segment_length * segment_length for row in rows]
+    parts = list(zip(rows, borders, strict=True))
+    last, mask = _rows_of(model, [row[at:] for row, at in parts])
+    ids, cache = last, None
+    with evaluating(model):
+        if any(borders):
+            before, known = (
+                x.to(last.device) for x in _left_padded([row[:at] for row, at in parts])
+            )
+            cache, _ = prefill(model, before, chunk_size=chunk_size, attention_mask=known)
+            ids, mask = torch.cat([before, last], dim=1), torch.cat([known, mask], dim=1)
+        with context():
+            output = model(
+                input_ids=last, attention_mask=mask, past_key_values=cache, use_cache=True
+            )
+    logits = output.logits[:, -1].float()
+    if not torch.isfinite(logits).all():
+        raise StateError(_NOT_FINITE)
+    return Prefilled(ids, mask, output.past_key_values, logits)
+
+
+def _rows_of(model: Any, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids and mask of rows that can be read, on the model's device. [B, longest]"""
+    empty = [place for place, row in enumerate(rows) if not row]
+    if empty or not rows:
+        raise ConfigError(f"{len(rows)} prompts, of which {empty} hold no token; give each a text")
+    refuse_prompt_learning(model)
+    ids, mask = _left_padded(rows)
+    device = next(model.parameters()).device
+    return ids.to(device), mask.to(device)
 
 
 @torch.no_grad()

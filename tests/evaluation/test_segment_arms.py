@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,14 +86,33 @@ def test_each_arm_is_what_its_name_says(name):
     own = found["trained"](READINGS)
     assert apart(own, answers(model)) < REORDERED
     assert apart(found["full"](READINGS), answers(build("llama"))) < REORDERED
-    for arm, switch in (("zeroed", memory_silenced), ("shuffled", state_shuffled)):
-        with switch(model):
-            assert apart(found[arm](READINGS), answers(model)) < REORDERED, arm
+    with memory_silenced(model):
+        assert apart(found["zeroed"](READINGS), answers(model)) < REORDERED
     for arm in ("full", "untrained", "zeroed", "shuffled"):
         assert apart(found[arm](READINGS), own) > WRONG, arm
     with writes_disabled(model):  # what nobody wrote and what nobody reads are the same
         assert apart(found["zeroed"](READINGS), answers(model)) < REORDERED
     assert found["trained"](READINGS) == own  # every switch is off again
+
+
+@every
+def test_shuffled_reads_what_the_next_row_wrote_before_its_last_segment(name):
+    """And no more of its own text than that last segment. Witness: the exchange in all segments,
+    which brings two rows their own text back."""
+    model = trained(name)
+    shuffled = answerers_of(model, letters(), chunk_size=7)["shuffled"]
+    found = shuffled(READINGS)
+    for row, reading in enumerate(READINGS):
+        other = READINGS[(row + 1) % 3].prompt[: 2 * SEGMENT]
+        left = read_prompts(model, letters(), [other])
+        alone = replace(reading, prompt=reading.prompt[2 * SEGMENT :])
+        with state_carried(model, left.cache):
+            assert apart([found[row]], read(model, letters(), [alone])) < REORDERED
+    two = READINGS[:2]
+    changed = [replace(two[0], prompt=text(SEGMENT, 7) + two[0].prompt[SEGMENT:]), two[1]]
+    assert apart(shuffled(two)[:1], shuffled(changed)[:1]) < REORDERED
+    with state_shuffled(model):
+        assert apart(read(model, letters(), two)[:1], read(model, letters(), changed)[:1]) > WRONG
 
 
 def test_stale_begins_with_what_the_next_row_left():

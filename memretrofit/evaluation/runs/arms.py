@@ -20,7 +20,14 @@ from memretrofit.evaluation.arm_table import TASK_ARMS
 from memretrofit.evaluation.arms import fresh_values, has_window, holds_state, memory_values
 from memretrofit.evaluation.cost import cache_bytes, prefill, step_ms
 from memretrofit.evaluation.likelihood import Arm
-from memretrofit.evaluation.reader import Answerer, Outcome, Reading, read, read_prompts
+from memretrofit.evaluation.reader import (
+    Answerer,
+    Outcome,
+    Reading,
+    read,
+    read_prompts,
+    read_rows_apart,
+)
 from memretrofit.evaluation.runs.baselines import bm25, oprm
 from memretrofit.evaluation.task import token_counter
 from memretrofit.hub.adapter import is_peft
@@ -65,13 +72,23 @@ class ModelArm:
     that without the exchange."""
     carries: bool = False
     """Whether every row begins with the state that the next row's whole text has left."""
+    segment_length: int | None = None
+    """Tokens of a segment, where `context` is open for the last one of each prompt alone."""
     positions: int | None = None
     """Tokens that it can read at most; None: any number."""
 
     def __call__(self, readings: Sequence[Reading]) -> list[Outcome]:
         """Outcomes of a batch, in order."""
+        start = None
+        if self.segment_length is not None:
+            rows = [self.tokenizer(reading.prompt)["input_ids"] for reading in readings]
+            start = read_rows_apart(
+                self.model, rows, self.segment_length, self.context, chunk_size=self.chunk_size
+            )
         with self.context(), self._state_of([reading.prompt for reading in readings]):
-            return read(self.model, self.tokenizer, readings, chunk_size=self.chunk_size)
+            return read(
+                self.model, self.tokenizer, readings, chunk_size=self.chunk_size, start=start
+            )
 
     def _state_of(self, prompts: list[str]) -> AbstractContextManager[object]:
         if not self.carries:
@@ -224,7 +241,7 @@ def _patched_arms(
         return partial(_within, [*switches, model.disable_adapter] if adapted else switches)
 
     def control(
-        switch: Callable[[Any], AbstractContextManager[object]], **options: bool
+        switch: Callable[[Any], AbstractContextManager[object]], **options: Any
     ) -> Answerer:
         return trained if stateless else own(partial(switch, model), **options)
 
@@ -245,7 +262,9 @@ def _patched_arms(
         "zeroed": zeroed,
         # without a window, to write nothing and to read what nobody wrote come to the same
         "no_write": control(writes_disabled) if windowed else zeroed,
-        "shuffled": control(state_shuffled, of_rows=True),
+        # a memory that is read and written in turns hands on what it reads: were all segments to
+        # read the neighbour's, a text would meet itself again after as many as there are rows
+        "shuffled": control(state_shuffled, of_rows=True, segment_length=segment_length(model)),
         "stale": trained if stateless else own(nullcontext, of_rows=True, carries=True),
     }
 
