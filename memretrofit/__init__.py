@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from memretrofit.hub import (
+        export_standalone,
         from_pretrained,
         load_memory,
         push_to_hub,
@@ -88,6 +89,7 @@ __all__ = [
     "__version__",
     "available_methods",
     "describe",
+    "export_standalone",
     "from_pretrained",
     "load_memory",
     "memory_disabled",
@@ -101,6 +103,7 @@ __all__ = [
 _HOMES = {
     "available_methods": "methods",
     "describe": "retrofit",
+    "export_standalone": "hub",
     "from_pretrained": "hub",
     "load_memory": "hub",
     "memory_disabled": "retrofit",

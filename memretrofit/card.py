@@ -14,7 +14,33 @@ import yaml
 
 from memretrofit.markdown import code, escape, fence, table
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""A model's id on the Hub: `owner/name`, of old models `name`."""
+
+
+class Form(NamedTuple):
+    """What a repository with a memory holds, and how it is loaded."""
+
+    relation: str
+    """To the base model, in the Hub's words."""
+    holds: str
+    load: str
+    """Python that makes `model`; `{name}` is its name."""
+
+
+ADDED = Form(
+    "adapter",
+    "This repository holds what was added; the base model is loaded from its own place.",
+    "import memretrofit\nfrom transformers import AutoTokenizer\n\n"
+    "model = memretrofit.from_pretrained({name!r})\n",
+)
+STANDALONE = Form(
+    "finetune",
+    "This repository holds the base model (`base/`) and the memory (`memory/`); to load it, "
+    "memretrofit must be installed.",
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    "model = AutoModelForCausalLM.from_pretrained({name!r}, trust_remote_code=True)\n",
+)
 
 
 def render_card(
@@ -29,6 +55,7 @@ def render_card(
     hashes: Mapping[str, str] | None = None,
     licence: str = "apache-2.0",
     tags: Sequence[str] = (),
+    form: Form = ADDED,
 ) -> str:
     """A model card in Markdown with the Hub's YAML front matter.
 
@@ -48,16 +75,17 @@ def render_card(
         hashes: file name -> SHA-256.
         licence: Hub identifier of the licence of the memory's weights.
         tags: further tags of the Hub.
+        form: what the repository holds.
     """
     texts = dict((results or {}).get("texts") or {})
     entries = [_index_entry(text, summary) for text, summary in texts.items()]
     entries += _recall_entries((results or {}).get("recall") or {})
-    front = _front_matter(name, config, base, entries, licence, tags)
+    front = _front_matter(name, config, base, entries, licence, tags, form)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)}---",
         f"# {escape(name)}",
-        _what_it_is(config, base, paper, texts),
-        "## Use\n\n" + fence(_use(name, base), "python"),
+        _what_it_is(config, base, paper, texts, form),
+        "## Use\n\n" + fence(_use(name, base, form), "python"),
     ]
     if results:
         parts.append(_results(texts, results))
@@ -81,12 +109,13 @@ def _front_matter(
     entries: Sequence[Mapping[str, Any]],
     licence: str,
     tags: Sequence[str],
+    form: Form,
 ) -> dict[str, Any]:
     front: dict[str, Any] = {}
     # The Hub rejects a card whose base is not a repo id, such as a local folder.
-    if _HUB_ID.fullmatch(str(base["model"])):
+    if HUB_ID.fullmatch(str(base["model"])):
         front["base_model"] = str(base["model"])
-        front["base_model_relation"] = "adapter"
+        front["base_model_relation"] = form.relation
     front["library_name"] = "memretrofit"
     front["pipeline_tag"] = "text-generation"
     front["license"] = licence
@@ -156,14 +185,14 @@ def _what_it_is(
     base: Mapping[str, Any],
     paper: str | None,
     texts: Mapping[str, Any],
+    form: Form,
 ) -> str:
     source = f" ({escape(paper)})" if paper else ""
     window, sinks = config.get("sliding_window"), config.get("num_sink_tokens")
     kept = f" {window} tokens and {sinks} sink tokens are attended exactly." if window else ""
     lines = [
         f"A memory for `{code(base['model'])}`, method `{code(config.get('method'))}`{source}, "
-        "made with memretrofit. This repository holds what was added; the base model is loaded "
-        f"from its own place.{kept}"
+        f"made with memretrofit. {form.holds}{kept}"
     ]
     for text, summary in list(texts.items())[:1]:
         lines.append(_headline(text, summary))
@@ -251,13 +280,12 @@ def _tables(report: Mapping[str, Any], level: str) -> list[str]:
     return [part for part in parts if part]
 
 
-def _use(name: str, base: Mapping[str, Any]) -> str:
+def _use(name: str, base: Mapping[str, Any], form: Form) -> str:
     # a base that came in a package has no folder of its own: its tokenizer lies beside the memory
-    tokenizer = name if str(base["model"]).startswith("package:") else str(base["model"])
+    packaged = str(base["model"]).startswith("package:")
+    tokenizer = name if packaged or form is STANDALONE else str(base["model"])
     return (
-        "import memretrofit\n"
-        "from transformers import AutoTokenizer\n\n"
-        f"model = memretrofit.from_pretrained({name!r})\n"
+        f"{form.load.format(name=name)}"
         f"tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})\n"
         'output = model.generate(**tokenizer("Once upon a time", return_tensors="pt"))'
     )

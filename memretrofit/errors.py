@@ -1,13 +1,33 @@
-"""Typed errors. A message says what was asked, what was found, and what to do, in that order."""
+"""Typed errors. A message says what was asked, what was found, and what to do, in that order; a
+note under it, which a traceback and the command line print, says where the class is explained.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher, get_close_matches
+from typing import Any
+
+PAGE = "docs/errors.md"
 
 
 class MemretrofitError(Exception):
-    """Base of every error that memretrofit raises on purpose."""
+    """Base of every error that memretrofit raises on purpose.
+
+    `section` is where the class is explained.
+    """
+
+    section: str = f"{PAGE}#memretrofiterror"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class has the section of its name."""
+        super().__init_subclass__(**kwargs)
+        cls.section = f"{PAGE}#{cls.__name__.lower()}"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # what add_note of Python 3.11 would make; the list is an error's own, others may add to it
+        self.__notes__ = [f"Causes and remedies: {self.section}"]
 
 
 class ConfigError(MemretrofitError):

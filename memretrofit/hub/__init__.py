@@ -22,6 +22,7 @@ from memretrofit.hub.memory_record import (
 from memretrofit.hub.record import BaseRecord, Record, read_record
 from memretrofit.hub.remote import push_to_hub
 from memretrofit.hub.saving import read_results, save_pretrained, write_card
+from memretrofit.hub.standalone import export_standalone
 
 __all__ = [
     "BaseRecord",
@@ -29,6 +30,7 @@ __all__ = [
     "Remembered",
     "attach_bank",
     "check_tokenizer",
+    "export_standalone",
     "from_pretrained",
     "load_base",
     "load_memory",

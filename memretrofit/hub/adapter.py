@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,10 @@ def attach_adapter(model: Any, folder: Path) -> Any:
     found = read_header(folder / ADAPTER).specs
     tensors = read_tensors(folder / ADAPTER)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    adapted = None
+    modules = {module: dict(module._modules) for module in model.modules()}
     try:
         config = PeftConfig.from_pretrained(str(folder))
+        _check_rank(config, found)
         config.base_model_name_or_path = None  # checked by fingerprint; a folder may have moved
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # pyright: ignore  # others would change the base's weights
@@ -124,9 +126,11 @@ def attach_adapter(model: Any, folder: Path) -> Any:
                 f"the tensors of {ADAPTER} are not those that it describes{listing(lines)}"
             )
         set_peft_model_state_dict(adapted, tensors)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        if adapted is not None:
-            adapted.unload()
+    except Exception as error:  # whatever PEFT makes of a file that somebody edited
+        # not unload: PEFT may have stopped half-way
+        for module, children in modules.items():
+            module._modules.clear()
+            module._modules.update(children)
         vars(model).pop("peft_config", None)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before[name])
@@ -137,6 +141,15 @@ def attach_adapter(model: Any, folder: Path) -> Any:
         if ".memory." in name:
             parameter.requires_grad_(before.get(name, True))
     return adapted.train(model.training)
+
+
+def _check_rank(config: Any, specs: Mapping[str, TensorSpec]) -> None:
+    """Refuse a rank that no tensor of the file has: PEFT makes room for it first."""
+    pattern = getattr(config, "rank_pattern", None) or {}
+    ranks = [x for x in (getattr(config, "r", 0), *pattern.values()) if isinstance(x, int)]
+    most = max((size for spec in specs.values() for size in spec.shape), default=0)
+    if max(ranks, default=0) > most:
+        raise ValueError(f"a rank of {max(ranks)}, and no tensor of {ADAPTER} is so large")
 
 
 def _tuner_layers(model: nn.Module) -> list[Any]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from memretrofit.errors import CheckpointError, ConfigError
 from memretrofit.hub.adapter import attach_adapter
 from memretrofit.hub.bank_file import open_bank
-from memretrofit.hub.base import check_base, load_base
+from memretrofit.hub.base import check_base, find_base, load_base
 from memretrofit.hub.delta_file import load_delta
 from memretrofit.hub.folder import locate
 from memretrofit.hub.record import (
@@ -64,7 +64,8 @@ def from_pretrained(
             map. None: as its method makes them.
         revision: commit, branch or tag of the memory's repository.
         token: for the Hub.
-        model_kwargs: for `AutoModelForCausalLM.from_pretrained`.
+        model_kwargs: for `AutoModelForCausalLM.from_pretrained`. A recorded base is loaded from
+            safetensors (or GGUF) alone unless `use_safetensors=False`.
 
     Returns:
         The patched model in evaluation mode; the PeftModel around it where an adapter was saved.
@@ -121,7 +122,12 @@ def _base_model(record: Record, base: Any, token: Any, model_kwargs: dict[str, A
             "be loaded again. "
             "Pass it: from_pretrained(..., base=model)."
         )
-    origin = {"revision": record.base.revision, "gguf_file": record.base.gguf_file}
+    origin: dict[str, Any] = {
+        "revision": record.base.revision,
+        "gguf_file": record.base.gguf_file,
+    }
+    if find_base(record.base.model, record.base.gguf_file)[1] is None:
+        origin["use_safetensors"] = True  # no pickle is opened because a file names it
     return load_base(record.base.model, **{**origin, **model_kwargs})
 
 

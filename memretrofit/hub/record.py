@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ NAMED = (MEMORY, DELTA, ADAPTER_CONFIG, ADAPTER)
 SCHEMA_VERSION = 1
 MOST_BYTES = 64 << 20
 """Size above which a JSON file of ours cannot be genuine."""
+MOST_DIMENSIONS = 16
+"""No tensor of ours has more; torch reads no more than 64."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -209,7 +212,13 @@ def _is_pair(value: Any) -> bool:
 
 def tensor_spec(shape: Any, dtype: Any) -> TensorSpec | None:
     """The spec that a JSON file states, or None when it is none."""
-    legal = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+    legal = (
+        isinstance(shape, list)
+        and len(shape) <= MOST_DIMENSIONS
+        and all(type(n) is int and n >= 0 for n in shape)
+        # also of a tensor without values: torch counts in 64 bits
+        and math.prod(n for n in shape if n) < 2**60
+    )
     return TensorSpec(tuple(shape), dtype) if legal and isinstance(dtype, str) else None
 
 

@@ -13,12 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from memretrofit import __version__
-from memretrofit.card import render_card
+from memretrofit.card import ADDED, Form, render_card
 from memretrofit.errors import StateError
 from memretrofit.hub.adapter import save_adapter
 from memretrofit.hub.base import base_record
 from memretrofit.hub.delta_file import save_delta
 from memretrofit.hub.folder import publish, staging
+from memretrofit.hub.mapped import Written, write_pieces
 from memretrofit.hub.record import (
     CARD,
     CONFIG,
@@ -31,7 +32,7 @@ from memretrofit.hub.record import (
     read_json,
     read_record,
 )
-from memretrofit.hub.tensors import not_finite, sha256, spec_of, write_tensors
+from memretrofit.hub.tensors import not_finite, sha256, spec_of
 from memretrofit.methods import get_method
 from memretrofit.modules.table import Table
 from memretrofit.patching.ffn import BankLedger, bank_of
@@ -82,7 +83,7 @@ def save_pretrained(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class Files:
     """Names of the files beside the record, in the order in which they replace older ones."""
 
     named: list[str]
@@ -146,18 +147,25 @@ def write_files(
     recipe: Mapping[str, Any] | None,
     results: Mapping[str, Any] | None,
     tokenizer: Any = None,
-) -> Written:
-    """Write a saved memory into an empty folder; `name` is what the card calls it."""
+    base_model: str | None = None,
+) -> Files:
+    """Write a saved memory into an empty folder; `name` is what the card calls it, `base_model`
+    what the base is called, where that is not the name that it was loaded by.
+    """
     tensors = check_savable(model)
     method = ledger_of(model).config
     base = base_record(model, recipe, tokenizer)
+    if base_model is not None:
+        base = replace(base, model=base_model, revision=None, gguf_file=None)
     tokenizer_files = _save_tokenizer(tokenizer, folder)
     # the memory comes first: from then on an adapter beside it is not taken for that of the old one
     files = [MEMORY, *save_adapter(model, folder)]
     metadata = {"method_sha256": method_hash(method)}
     if sources := row_identities(ledger_of(model)):
         metadata["tables"] = json.dumps(sources)
-    write_tensors(tensors, folder / MEMORY, metadata)
+    # not write_tensors: safetensors writes metadata in any order, and a push that goes on after an
+    # interruption knows by its hash what has arrived
+    write_pieces(folder / MEMORY, {key: Written.whole(x) for key, x in tensors.items()}, metadata)
     if opened := opened_tables(ledger_of(model)):
         save_delta(opened, folder / DELTA, meaning=bank_of(unwrapped(model)).meaning())
         files.append(DELTA)
@@ -172,8 +180,8 @@ def write_files(
         version=__version__,
     )
     (folder / CONFIG).write_text(record.to_json(), encoding="utf-8")
-    (folder / CARD).write_text(_card(record, name), encoding="utf-8")
-    return Written(named=[*tokenizer_files, *files], after=[CARD])
+    (folder / CARD).write_text(card_of(record, name), encoding="utf-8")
+    return Files(named=[*tokenizer_files, *files], after=[CARD])
 
 
 def read_results(directory: str | Path) -> Mapping[str, Any] | None:
@@ -201,13 +209,14 @@ def write_card(directory: str | Path, *, name: str | None = None, limits: str = 
     directory = Path(directory)
     record = replace(read_record(directory), results=read_results(directory))
     with staging(directory) as staged:
-        text = _card(record, name or directory.resolve().name, limits)
+        text = card_of(record, name or directory.resolve().name, limits)
         (staged / CARD).write_text(text, encoding="utf-8")
         os.replace(staged / CARD, directory / CARD)
     return directory / CARD
 
 
-def _card(record: Record, name: str, limits: str = "") -> str:
+def card_of(record: Record, name: str, limits: str = "", form: Form = ADDED) -> str:
+    """The card of a saved memory."""
     base = record.base
     return render_card(
         name=name,
@@ -222,6 +231,7 @@ def _card(record: Record, name: str, limits: str = "") -> str:
         paper=get_method(record.method.method).paper,
         limits=limits,
         hashes=record.files,
+        form=form,
     )
 
 

@@ -6,12 +6,12 @@ Equations (one head; l = t - W leaves the window as t arrives, into the store an
 
     far(t)        = what t recalls of the store, as in `infllm`
     near_t, lse_t = softmax attention of q_t over window and far(t), log of its normaliser [V], []
-    ahn:      out_t = near_t + A (RMSNorm(S_t^T q_t / |q_t|) * silu(w_g . x_t))   A starts at 0
+    ahn:      out_t = near_t + A (RMSNorm(S_t^T q_t / (s |q_t|)) * silu(w_g . x_t))   A starts at 0
     lolcats:  out_t = (near_t + w_t phi(q_t)^T S_t) / (1 + w_t phi(q_t)^T z_t)    c starts at 0
               w_t   = c exp(b - gamma lse_t)
 
-S, z and phi are those of `ahn` and `lolcats`, whose training fits them here too: attention transfer
-then asks of the state what window and recalled tokens leave of full attention.
+S, s, z and phi are those of `ahn` and `lolcats`, whose training fits them here too: attention
+transfer then asks of the state what window and recalled tokens leave of full attention.
 
 The state's parameters are named `*.memory.state.<name>`, those of plain AHN or LoLCATs
 `*.memory.<name>`, with the same shapes where their configs agree (`state_heads`, `rule`,

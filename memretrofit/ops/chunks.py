@@ -31,7 +31,8 @@ CHUNKS_AT_ONCE = 8
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Autocast would run the products of a float32 state in half precision; this turns it off."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 class Operands(NamedTuple):
